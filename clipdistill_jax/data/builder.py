@@ -1,0 +1,91 @@
+"""Writes clips once as ArrayRecord (through TFDS): JPEG frames and captions, decoded by many processes."""
+
+import contextlib
+import io
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds  # imports TensorFlow only when it writes
+
+from clipdistill_jax.data.formats import Clip
+from clipdistill_jax.data.video import VideoFrames, VideoOptions
+from clipdistill_jax.data.workers import Decoded, decode_clips
+
+
+class ClipRecords(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Clips of one dataset, each stored once with all its captions.
+
+    The records read back with `tfds.builder_from_directory(...)` alone, in the order written.
+    """
+
+    name = "clips"
+    code_path = None  # no checksum or citation files lie beside this class
+    VERSION = tfds.core.Version("1.0.0")
+
+    def __init__(self, *, sources: Mapping[str, Callable[[], Iterator[dict[str, Any]]]], data_dir: Path):
+        self._sources = sources
+        super().__init__(data_dir=os.fspath(data_dir), file_format="array_record")
+
+    def _info(self) -> Any:
+        features = tfds.features.FeaturesDict(
+            {
+                "video_id": tfds.features.Text(),
+                "captions": tfds.features.Sequence(tfds.features.Text()),
+                "frames": tfds.features.Sequence(tfds.features.Image(encoding_format="jpeg")),
+                "timestamps": tfds.features.Sequence(tfds.features.Scalar(np.float32)),
+            }
+        )
+        return self.dataset_info_from_configs(features=features, disable_shuffling=True)
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        return {split: self._generate_examples(split) for split in self._sources}
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        return enumerate(self._sources[split]())
+
+
+def write_records(
+    clips: Mapping[str, Iterable[Clip]],
+    data_dir: Path,
+    options: VideoOptions,
+    *,
+    workers: int,
+    on_clip: Callable[[str, Clip, Decoded], None],
+) -> None:
+    """Decodes and writes all splits under `data_dir`; appears there as a whole or not at all.
+
+    Args:
+      clips: clips by split.
+      data_dir: folder of the TFDS dataset; `clips/1.0.0` is made in it.
+      options: how frames are taken.
+      workers: decoding processes.
+      on_clip: called in order with (split, clip, its frames or the error) for each clip; a clip with an error
+        is not written. What it raises stops the job.
+
+    Raises:
+      ValueError: a split has no readable clip.
+    """
+
+    def source(split: str) -> Iterator[dict[str, Any]]:
+        empty = True
+        for clip, decoded in decode_clips(clips[split], options, workers=workers):
+            on_clip(split, clip, decoded)
+            if isinstance(decoded, VideoFrames):
+                empty = False
+                yield {
+                    "video_id": clip.video_id,
+                    "captions": list(clip.captions),
+                    "frames": list(decoded.frames),
+                    "timestamps": list(decoded.timestamps),
+                }
+        if empty:
+            raise ValueError(f"the split {split!r} has no readable clip")
+
+    tfds.disable_progress_bar()  # the caller shows its own
+    sources = {split: (lambda split=split: source(split)) for split in clips}
+    builder = ClipRecords(sources=sources, data_dir=data_dir)
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints of downloads, and there are none
+        builder.download_and_prepare()

@@ -1,0 +1,129 @@
+"""Reading annotation files with errors that name the file, the record and the field."""
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from clipdistill_jax.data.formats import FormatError
+
+
+def read_text(path: Path) -> str:
+    """The file as UTF-8 text, without a byte order mark.
+
+    Raises:
+      FileNotFoundError: the file is absent.
+      FormatError: it is not UTF-8.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise FormatError(f"{path}, line {line}: not UTF-8 text (byte {error.start}): {error.reason}") from error
+
+
+def read_json(path: Path) -> Any:
+    """Parses one JSON value.
+
+    Raises:
+      FileNotFoundError: the file is absent.
+      FormatError: it is not JSON; the message says so where the file ends too early.
+    """
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        at_end = error.pos >= len(text.rstrip()) - 1 or error.msg.startswith("Unterminated string")
+        hint = "; the file seems to be cut short: copy it again" if at_end else ""
+        raise FormatError(
+            f"{path}, line {error.lineno}, column {error.colno} (character {error.pos} of {len(text)}): "
+            f"not valid JSON: {error.msg}{hint}"
+        ) from error
+    except RecursionError as error:
+        raise FormatError(f"{path}: the JSON is nested too deeply") from error
+
+
+def field(record: Any, name: str, kind: type, where: str) -> Any:
+    """`record[name]`, which must be of type `kind`; `where` names the file and the record in the error.
+
+    Raises:
+      FormatError: the record is no object, has no such field, or the field has another type.
+    """
+    if not isinstance(record, dict):
+        raise FormatError(f"{where}: expected an object with {name!r}, found {type(record).__name__}")
+    if name not in record:
+        raise FormatError(f"{where}: the field {name!r} is missing; it has {sorted(record)}")
+    value = record[name]
+    if not isinstance(value, kind):
+        raise FormatError(
+            f"{where}: the field {name!r} should be a {kind.__name__}, found {type(value).__name__} "
+            f"{str(value)[:40]!r}"
+        )
+    return value
+
+
+def read_csv(path: Path, columns: tuple[str, ...]) -> list[tuple[int, dict[str, str]]]:
+    """Rows as (line number, {column: value}); separated by `,` or `;` or tabs, whichever shows `columns`.
+
+    Raises:
+      FileNotFoundError: the file is absent.
+      FormatError: a column is missing, a row has more or fewer fields than the header, a quote is not
+        closed, or there is no row at all.
+    """
+    text = read_text(path)
+    for delimiter in (",", ";", "\t"):
+        header = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])
+        header = [name.strip() for name in header]
+        if set(columns) <= set(header):
+            break
+    else:
+        found = text.partition("\n")[0].strip()[:200] or "nothing"
+        raise FormatError(f"{path}, line 1: needs the columns {', '.join(columns)}; found: {found}")
+    rows = []
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        next(reader)
+        for values in reader:
+            if not any(value.strip() for value in values):
+                continue
+            if len(values) != len(header):
+                raise FormatError(
+                    f"{path}, line {reader.line_num}: {len(values)} fields where the header has {len(header)}; a "
+                    f'field that contains {delimiter!r} must stand in "quotes": {delimiter.join(values)[:80]!r}'
+                )
+            rows.append((reader.line_num, dict(zip(header, values, strict=True))))
+    except csv.Error as error:
+        raise FormatError(f"{path}, line {reader.line_num}: not a valid csv row: {error}") from error
+    if not rows:
+        raise FormatError(f"{path}: the list is empty, only a header is there")
+    return rows
+
+
+def check_file_stem(name: str, where: str) -> None:
+    """Refuses a name from an annotation file that could lead out of its folder.
+
+    Raises:
+      FormatError: `name` is empty or has '..', a path separator or a control character.
+    """
+    if not name:
+        raise FormatError(f"{where}: the id is empty")
+    if ".." in name or any(c in "/\\" or ord(c) < 32 for c in name):
+        raise FormatError(
+            f"{where}: the id {name!r} is refused: '..', path separators and control characters could lead "
+            "out of the data folder"
+        )
+
+
+def check_unique(name: str, where: str, seen: dict[str, str]) -> None:
+    """Notes `name` in `seen` (name -> where it was).
+
+    Raises:
+      FormatError: it was there already.
+    """
+    if name in seen:
+        raise FormatError(f"{where}: the id {name!r} was already in {seen[name]}")
+    seen[name] = where

@@ -1,0 +1,234 @@
+"""Batches of clips and captions from prepared records; each a pure function of its step."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clipdistill_jax.data import graph, index
+from clipdistill_jax.data.text import Tokenizer, Tokens
+
+CAPTION_MODES = ("all", "one")
+
+
+class _Split:
+    """A split in memory: its captions as ids, and which clip each belongs to. Frames stay on disk."""
+
+    def __init__(self, directory: Path, name: str, tokenizer: Tokenizer, max_tokens: int):
+        self.index = index.read_index(directory, name)
+        self.captions_per_clip = np.array([len(captions) for captions in self.index.captions], np.int64)
+        self.captions = [caption for captions in self.index.captions for caption in captions]
+        self.clip_of_caption = np.repeat(np.arange(len(self.index.captions), dtype=np.int32), self.captions_per_clip)
+        self.tokens: Tokens = tokenizer.encode(self.captions, max_tokens)
+        self.records = graph.open_records(directory, name)
+        if len(self.records) != len(self.index.video_ids):
+            raise ValueError(
+                f"{directory}: {len(self.records)} records of {name!r} where the index lists "
+                f"{len(self.index.video_ids)}: remove the folder and prepare again"
+            )
+
+
+class RetrievalData:
+    """A prepared dataset as batches for text-video retrieval.
+
+    A batch is a dictionary of NumPy arrays; B examples, F frames, T tokens, uint8 RGB frames of H x W:
+      frames uint8 [B, F, H, W, 3], frame_mask bool [B, F]: frames in time order, padded with zeros
+      tokens int32 [B, T], token_mask bool [B, T], word_ids int32 [B, T]: see `data.text.Tokens`
+      example_id int32 [B]: the caption's index in the split; clip_id int32 [B]: the clip's
+      mask bool [B]: False on the rows that fill an evaluation's last batch
+
+    Iterators end their threads when they are dropped; `close()` does it at once.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        tokenizer: Tokenizer,
+        *,
+        max_tokens: int = 32,
+        num_threads: int | None = None,
+    ):
+        """Opens a folder that `clipdistill_jax.prepare` made. Splits are loaded at their first use.
+
+        Args:
+          directory: the prepared folder.
+          tokenizer: encodes the captions, once a split.
+          max_tokens: T, with BOS and EOT (CLIP4Clip uses 32 on MSR-VTT).
+          num_threads: threads that decode frames; one a core when None.
+
+        Raises:
+          FileNotFoundError: the folder is not prepared.
+        """
+        self.directory = Path(directory)
+        self.manifest = index.read_manifest(directory)
+        self._tokenizer = tokenizer
+        self._max_tokens = max_tokens
+        self._num_threads = num_threads or os.cpu_count() or 1
+        self._loaded: dict[str, _Split] = {}
+
+    def _split(self, name: str) -> _Split:
+        if name not in self._loaded:
+            self._loaded[name] = _Split(self.directory, name, self._tokenizer, self._max_tokens)
+        return self._loaded[name]
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits."""
+        return tuple(self.manifest["splits"])
+
+    def video_ids(self, split: str) -> tuple[str, ...]:
+        """The dataset's name of each clip, by clip_id."""
+        return self._split(split).index.video_ids
+
+    def captions(self, split: str) -> list[str]:
+        """All captions, by example_id."""
+        return self._split(split).captions
+
+    def clip_of_caption(self, split: str) -> np.ndarray:
+        """int32 [captions]: clip_id by example_id."""
+        return self._split(split).clip_of_caption
+
+    def num_items(self, split: str = "train", captions: str = "all") -> int:
+        """Items of an epoch: captions ("all") or clips ("one")."""
+        _check_choice("captions", captions, CAPTION_MODES)
+        return len(self.captions(split) if captions == "all" else self.video_ids(split))
+
+    def batches(
+        self,
+        start_step: int = 0,
+        *,
+        batch_size: int,
+        num_frames: int,
+        image_size: int,
+        split: str = "train",
+        seed: int = 0,
+        captions: str = "all",
+        shuffle: bool = True,
+        frame_sampling: str = "uniform",
+        process_index: int = 0,
+        process_count: int = 1,
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Endless batches from step `start_step` on; those of a step are the same wherever one starts.
+
+        Args:
+          start_step: the first step.
+          batch_size: examples of a step on all hosts together; this host gets its 1/process_count of them.
+          num_frames: F. "uniform": of n > F stored frames those at linspace(0, n-1, F), truncated, as CLIP4Clip
+            does; all frames, zero padded, where there are fewer.
+          image_size: H = W. The centre square of the stored frames, shrunk where they are larger: prepare at
+            the size you train with, for the resize costs more than the decoding.
+          split: the split to draw from.
+          seed: of order, captions and frames.
+          captions: "all": an epoch has every caption once; "one": every clip once, with its captions in turn.
+          shuffle: a new order each epoch; else the stored one.
+          frame_sampling: "uniform", or "random": F frames drawn for each item anew, in time order.
+          process_index: this host.
+          process_count: hosts. They take consecutive parts of each step's batch.
+
+        Raises:
+          ValueError: an argument is out of range.
+          KeyError: there is no such split.
+        """
+        _check_choice("captions", captions, CAPTION_MODES)
+        _check_choice("frame_sampling", frame_sampling, graph.FRAME_SAMPLING)
+        _check_sizes(batch_size, process_index, process_count, num_frames=num_frames, image_size=image_size)
+        if start_step < 0:
+            raise ValueError(f"start_step={start_step} must not be negative")
+        items = self.num_items(split, captions)
+        if batch_size > items:
+            raise ValueError(f"batch_size={batch_size} is more than the {items} items of {split!r}")
+        loaded = self._split(split)
+        plan = graph.Plan(
+            loaded.captions_per_clip, captions == "one", shuffle, seed, batch_size, process_index, process_count
+        )
+        options = graph.FrameOptions(num_frames, image_size, frame_sampling, seed)
+        rows = graph.training_rows(plan, start_step)
+        read = graph.with_frames(rows, loaded.records, options, num_threads=self._num_threads)
+        return graph.StoppingIterator(_with_text(row, loaded) for row in read)
+
+    def eval_clips(
+        self,
+        split: str,
+        *,
+        batch_size: int,
+        num_frames: int,
+        image_size: int,
+        process_index: int = 0,
+        process_count: int = 1,
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Every clip once, in order: frames, frame_mask, clip_id, mask. Arguments as in `batches`.
+
+        The last batch is filled with rows of mask False, clip_id -1 and no frames; all hosts get equally many
+        batches.
+        """
+        _check_sizes(batch_size, process_index, process_count, num_frames=num_frames, image_size=image_size)
+        loaded = self._split(split)
+        ids = _padded_ids(len(loaded.index.video_ids), batch_size, process_index, process_count)
+        options = graph.FrameOptions(num_frames, image_size, "uniform", 0)
+        read = graph.with_frames(graph.clip_rows(ids), loaded.records, options, num_threads=self._num_threads)
+        return graph.StoppingIterator(
+            {
+                "frames": frames,
+                "frame_mask": frame_mask,
+                "clip_id": clip.astype(np.int32),
+                "mask": clip >= 0,
+            }
+            for _, clip, frames, frame_mask in read
+        )
+
+    def eval_captions(
+        self, split: str, *, batch_size: int, process_index: int = 0, process_count: int = 1
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Every caption once, in order: tokens, token_mask, word_ids, example_id, clip_id, mask.
+
+        The last batch is filled with rows of mask False, whose ids are -1 and whose text is the split's first
+        caption; all hosts get equally many batches.
+        """
+        _check_sizes(batch_size, process_index, process_count)
+        loaded = self._split(split)
+        for ids in _padded_ids(len(loaded.captions), batch_size, process_index, process_count):
+            rows = np.maximum(ids, 0)
+            clips = loaded.clip_of_caption[rows]
+            yield {
+                **{name: value[rows] for name, value in loaded.tokens._asdict().items()},
+                "example_id": ids,
+                "clip_id": np.where(ids >= 0, clips, -1).astype(np.int32),
+                "mask": ids >= 0,
+            }
+
+
+def _with_text(row: tuple[np.ndarray, ...], split: _Split) -> dict[str, np.ndarray]:
+    caption, clip, frames, frame_mask = row
+    return {
+        "frames": frames,
+        "frame_mask": frame_mask,
+        **{name: value[caption] for name, value in split.tokens._asdict().items()},
+        "example_id": caption.astype(np.int32),
+        "clip_id": clip.astype(np.int32),
+        "mask": np.ones(len(caption), bool),
+    }
+
+
+def _padded_ids(count: int, batch_size: int, process_index: int, process_count: int) -> np.ndarray:
+    """int32 [batches, b]: 0 .. count-1 in order over all hosts, then -1; this host's columns."""
+    batches = -(-count // batch_size)
+    ids = np.full(batches * batch_size, -1, np.int32)
+    ids[:count] = np.arange(count)
+    return ids.reshape(batches, process_count, -1)[:, process_index]
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(choices)}")
+
+
+def _check_sizes(batch_size: int, process_index: int, process_count: int, **sizes: Any) -> None:
+    for name, value in {"batch_size": batch_size, "process_count": process_count, **sizes}.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index={process_index} must lie in 0 .. {process_count - 1}")
+    if batch_size % process_count:
+        raise ValueError(f"batch_size={batch_size} must divide over the {process_count} processes")

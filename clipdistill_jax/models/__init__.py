@@ -1,0 +1,1 @@
+"""Linen modules and the records they return; needs JAX and Flax only."""

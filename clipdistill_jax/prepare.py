@@ -1,0 +1,234 @@
+"""Reads a raw dataset once and writes records that training reads at random.
+
+    python -m clipdistill_jax.prepare msrvtt --source=DIR --out=DIR
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import fcntl
+import os
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from clipdistill_jax.data import index as files
+from clipdistill_jax.data.formats import Clip, ClipSplits, Problem, msrvtt
+from clipdistill_jax.data.progress import progress_bar
+from clipdistill_jax.data.video import UnreadableVideo, VideoFrames, VideoOptions
+
+LAYOUT = 1  # raised when newer code no longer reads what older code prepared
+_LOCK = ".prepare.lock"
+_UNREADABLE = ("missing_video", "unreadable_video")
+
+
+class TooManyUnreadable(ValueError):
+    """More of the listed media are missing or broken than `max_unreadable` allows."""
+
+
+def prepare_msrvtt(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    train: str = "9k",
+    num_validation: int = 500,
+    video: VideoOptions | None = None,
+    workers: int | None = None,
+    max_unreadable: float = 0.05,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Prepares an MSR-VTT tree, or finds it prepared.
+
+    Args:
+      source: the raw tree, see `data.formats.msrvtt`. Where `out` is prepared already it may be absent.
+      out: folder of the result: clips/ (TFDS, ArrayRecord), index/ (captions), manifest.json (written last).
+      train: "9k" or "7k".
+      num_validation: clips held out of the train list when there is no MSRVTT_val.csv.
+      video: how frames are taken; `VideoOptions()` when None.
+      workers: decoding processes; one a core when None.
+      max_unreadable: largest fraction of the listed clips that may be missing or broken.
+      progress: show a progress bar on stderr, or a line every half minute where that is no terminal.
+
+    Returns:
+      The manifest: options, source, splits (listed, clips, captions, frames), notes, counts of problems by
+      kind, skipped (media left out: file, record, reason), problems (the other ones).
+
+    Raises:
+      FileNotFoundError, FormatError: the tree lacks a file or has another structure.
+      TooManyUnreadable: see max_unreadable.
+      ValueError: `out` was prepared with other options or from other files, or holds something else.
+    """
+    video = video or VideoOptions()
+    workers = workers or os.cpu_count() or 1
+    if not 0 <= max_unreadable <= 1:
+        raise ValueError(f"max_unreadable={max_unreadable} must be a fraction, 0 to 1")
+    source, out = Path(source), Path(out)
+    options = {
+        "format": "msrvtt",
+        "layout": LAYOUT,
+        "train": train,
+        "num_validation": num_validation,
+        **dataclasses.asdict(video),
+    }
+
+    def read() -> ClipSplits:
+        return msrvtt.read(source, train=train, num_validation=num_validation)
+
+    if _is_prepared(out):
+        return _same_manifest(out, options, source, read().fingerprint if source.exists() else None)
+    clips = read()
+    with _locked(out):
+        if _is_prepared(out):  # by another process, while this one waited
+            return _same_manifest(out, options, source, clips.fingerprint)
+        manifest = _prepare(clips, out, video, workers, max_unreadable, progress)
+        manifest["options"] = options
+        manifest["source"] = {"path": str(source.resolve()), "fingerprint": clips.fingerprint}
+        files.write_json(out / files.MANIFEST, manifest)
+    return manifest
+
+
+def _prepare(
+    clips: ClipSplits, out: Path, video: VideoOptions, workers: int, max_unreadable: float, progress: bool
+) -> dict[str, Any]:
+    from clipdistill_jax.data import builder  # here, so that workers that import this file stay light
+
+    for leavings in (builder.ClipRecords.name, files.INDEX):  # of a run that was stopped
+        shutil.rmtree(out / leavings, ignore_errors=True)
+    problems = list(clips.problems)
+    listed = sum(clips.listed.values())
+    _check_unreadable(problems, listed, max_unreadable)
+    rows: dict[str, list[tuple[Clip, int]]] = {split: [] for split in clips.splits}
+    with progress_bar("preparing clips", sum(map(len, clips.splits.values())), show=progress) as advance:
+
+        def on_clip(split: str, clip: Clip, decoded: VideoFrames | UnreadableVideo) -> None:
+            if isinstance(decoded, VideoFrames):
+                rows[split].append((clip, len(decoded.frames)))
+            else:
+                record = f"{clip.record}, video_id {clip.video_id!r}"
+                problems.append(Problem("unreadable_video", split, str(clip.path), record, decoded.reason))
+                _check_unreadable(problems, listed, max_unreadable)
+            advance(sum(p.kind in _UNREADABLE for p in problems))
+
+        builder.write_records(clips.splits, out, video, workers=workers, on_clip=on_clip)
+    for split, pairs in rows.items():
+        index = files.SplitIndex(
+            video_ids=tuple(clip.video_id for clip, _ in pairs),
+            captions=tuple(clip.captions for clip, _ in pairs),
+            num_frames=tuple(count for _, count in pairs),
+        )
+        files.write_index(out, split, index)
+    return {
+        "splits": {
+            split: {
+                "listed": clips.listed[split],
+                "clips": len(pairs),
+                "captions": sum(len(clip.captions) for clip, _ in pairs),
+                "frames": sum(count for _, count in pairs),
+            }
+            for split, pairs in rows.items()
+        },
+        "notes": list(clips.notes),
+        "counts": dict(Counter(p.kind for p in problems)),
+        "skipped": [dataclasses.asdict(p) for p in problems if p.kind in _UNREADABLE],
+        "problems": [dataclasses.asdict(p) for p in problems if p.kind not in _UNREADABLE],
+    }
+
+
+def _check_unreadable(problems: list[Problem], listed: int, max_unreadable: float) -> None:
+    bad = [p for p in problems if p.kind in _UNREADABLE]
+    if len(bad) > max_unreadable * listed:
+        first = "".join(f"\n  {p.file}, {p.record}: {p.reason}" for p in bad[:5])
+        raise TooManyUnreadable(
+            f"{len(bad)} of the {listed} listed clips are missing or unreadable, more than "
+            f"max_unreadable={max_unreadable} allows. Mend them, or allow more. The first:{first}"
+        )
+
+
+def _is_prepared(out: Path) -> bool:
+    return (out / files.MANIFEST).is_file()
+
+
+def _same_manifest(out: Path, options: dict[str, Any], source: Path, fingerprint: str | None) -> dict[str, Any]:
+    """The manifest of a prepared folder, if it is of these options and (where known) of these files."""
+    manifest = files.read_manifest(out)
+    before = manifest["options"]
+    other = [k for k in (*options, *(before.keys() - options.keys())) if before.get(k) != options.get(k)]
+    if other:
+        changes = ", ".join(f"{k}={before.get(k)!r} (now {options.get(k)!r})" for k in other)
+        raise ValueError(f"{out} was prepared with {changes}. Give another folder, or remove this one.")
+    if fingerprint not in (None, manifest["source"]["fingerprint"]):
+        raise ValueError(
+            f"{out} was prepared from {manifest['source']['path']}, but the annotations or videos in {source} "
+            "differ from what was there then. Give another folder, or remove this one."
+        )
+    return manifest
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """One preparation a folder at a time. The lock file also tells a folder of ours from any other."""
+    if out.exists() and any(out.iterdir()) and not (out / _LOCK).exists():
+        raise ValueError(f"{out} is not empty and was not made by this program: give a new or an empty folder")
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / _LOCK, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _report(manifest: dict[str, Any], out: Path) -> str:
+    lines = [f"{out}:"]
+    for split, n in manifest["splits"].items():
+        left_out = n["listed"] - n["clips"]
+        lines.append(
+            f"  {split}: {n['clips']} clips, {n['captions']} captions, {n['frames']} frames"
+            + (f"; {left_out} of {n['listed']} left out" if left_out else "")
+        )
+    lines += [f"  note: {note}" for note in manifest["notes"]]
+    lines += [f"  {count} x {kind} (listed in {files.MANIFEST})" for kind, count in manifest["counts"].items()]
+    lines += [f"    {p['file']}, {p['record']}: {p['reason']}" for p in manifest["skipped"][:10]]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m clipdistill_jax.prepare", description=__doc__)
+    formats = parser.add_subparsers(dest="format", required=True)
+    command = formats.add_parser(
+        "msrvtt", help="MSR-VTT: MSRVTT_data.json, csv lists and a folder of videos", allow_abbrev=False
+    )
+    command.add_argument("--source", required=True, help="the raw tree")
+    command.add_argument("--out", required=True, help="folder of the prepared records")
+    command.add_argument("--train", default="9k", choices=sorted(msrvtt.TRAIN_CSV))
+    command.add_argument("--num_validation", type=int, default=500, help="held out when there is no MSRVTT_val.csv")
+    defaults = VideoOptions()
+    command.add_argument("--fps", type=float, default=defaults.fps, help="frames kept a second")
+    command.add_argument("--max_frames", type=int, default=defaults.max_frames, help="most frames kept of a clip")
+    command.add_argument("--size", type=int, default=defaults.size, help="short side of the frames, in pixels")
+    command.add_argument("--store_square", action="store_true", help="keep the centre square only")
+    command.add_argument("--quality", type=int, default=defaults.quality, help="JPEG quality")
+    command.add_argument("--workers", type=int, default=None, help="decoding processes; one a core by default")
+    command.add_argument("--max_unreadable", type=float, default=0.05, help="fraction that may be missing or broken")
+    args = parser.parse_args(argv)
+    try:
+        video = VideoOptions(args.fps, args.max_frames, args.size, args.store_square, args.quality)
+        manifest = prepare_msrvtt(
+            args.source,
+            args.out,
+            train=args.train,
+            num_validation=args.num_validation,
+            video=video,
+            workers=args.workers,
+            max_unreadable=args.max_unreadable,
+        )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(_report(manifest, Path(args.out)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

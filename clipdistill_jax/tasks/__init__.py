@@ -1,0 +1,1 @@
+"""Supervised losses and metrics, one file a task."""

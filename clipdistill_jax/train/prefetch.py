@@ -1,0 +1,104 @@
+"""Batches are pulled from the pipeline and copied to the devices while the last step still runs."""
+
+import queue
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from clipdistill_jax.train.sharding import place_batch
+
+
+class Placed(NamedTuple):
+    """A batch on the devices, its number of examples over all hosts, and this host's example ids."""
+
+    arrays: dict[str, Any]
+    size: int
+    ids: np.ndarray | None
+
+
+class Prefetcher:
+    """An iterator of `Placed` batches, filled by a thread. Use it as a context manager.
+
+    Args:
+      batches: yields dicts of NumPy arrays, this process's rows.
+      mesh: where they go.
+      depth: how many wait on the devices at most.
+      first_step: number of the first batch's step, for messages.
+      id_key: entry that holds example ids; a batch may lack it.
+    """
+
+    def __init__(
+        self,
+        batches: Iterator[Any],
+        mesh: Mesh,
+        depth: int = 2,
+        first_step: int = 1,
+        id_key: str = "example_id",
+    ) -> None:
+        self._queue: queue.Queue[Any] = queue.Queue(maxsize=depth)
+        self._stopped = threading.Event()
+        self._args = (batches, mesh, first_step, id_key)
+        self._thread = threading.Thread(target=self._fill, name="prefetch", daemon=True)
+
+    def __enter__(self) -> "Prefetcher":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._stopped.set()
+        self._thread.join(timeout=10)
+
+    def __iter__(self) -> "Prefetcher":
+        return self
+
+    def __next__(self) -> Placed:
+        """Raises what went wrong in the pipeline; StopIteration at its end."""
+        item = self._queue.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def _fill(self) -> None:
+        batches, mesh, step, id_key = self._args
+        first: dict[str, Any] = {}
+        try:
+            for batch in batches:
+                first = first or _shapes(batch)
+                _check_shapes(_shapes(batch), first, step)
+                placed = place_batch(batch, mesh)
+                size = next(iter(placed.values())).shape[0]
+                ids = np.asarray(batch[id_key]) if id_key in batch else None
+                if not self._put(Placed(placed, size, ids)):
+                    return
+                step += 1
+            self._put(StopIteration())
+        except BaseException as error:  # carried to the thread that waits
+            self._put(error)
+        finally:
+            if hasattr(batches, "close"):
+                batches.close()
+
+    def _put(self, item: Any) -> bool:
+        while not self._stopped.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+
+def _shapes(batch: Mapping[str, Any]) -> dict[str, str]:
+    return {name: f"{np.asarray(x).dtype}{list(np.shape(x))}" for name, x in batch.items()}
+
+
+def _check_shapes(found: dict[str, str], first: dict[str, str], step: int) -> None:
+    for name in {**first, **found}:
+        if found.get(name) != first.get(name):
+            raise ValueError(
+                f"batch[{name!r}] is {found.get(name, 'missing')} at step {step}, but was "
+                f"{first.get(name, 'missing')} before: the step would compile again. Pad batches to one shape"
+            )

@@ -1,0 +1,30 @@
+"""Test-wide settings: eight forced CPU devices, run-time shape checks, a compilation cache."""
+
+import os
+import tempfile
+from pathlib import Path
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import jax
+import jaxtyping
+import pytest
+
+# Every shape annotation of the package is checked at run time in the tests.
+jaxtyping.install_import_hook("clipdistill_jax", "beartype.beartype")
+
+jax.config.update("jax_compilation_cache_dir", str(Path(tempfile.gettempdir()) / "clipdistill_jax_test_cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+SAMPLES = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of small real samples (photos, clips, vocabularies); tests skip where it is absent."""
+    if not SAMPLES.is_dir():
+        pytest.skip(f"no folder of real samples at {SAMPLES}")
+    return SAMPLES

@@ -1,0 +1,254 @@
+"""Sizes and parts of MobileViTv2; its numerical parity as a whole is in tests/convert."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clipdistill_jax.models.convolution import BatchNorm, depthwise_3x3, pointwise
+from clipdistill_jax.models.mobilevit import (
+    MobileViTv2,
+    SeparableAttention,
+    enlarge_to_patches,
+    variable_shapes,
+)
+
+TINY = MobileViTv2(
+    stem_channels=8,
+    channels=(8, 8, 16, 16, 24),
+    attention_channels=(8, 8, 16),
+    depths=(1, 1, 1),
+    embed_dim=12,
+    strides=(1, 1, 2, 2, 2, 2),
+    depthwise="shift",
+)
+
+
+def count(tree) -> int:
+    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
+
+
+def images(size: int, batch: int = 2) -> jax.Array:
+    return jax.random.randint(jax.random.key(3), (batch, size, size, 3), 0, 256).astype(jnp.uint8)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return jax.jit(TINY.init)(jax.random.key(0), images(32))
+
+
+# timm 1.0.9, counted there: with the 1000-class head, and without a head.
+@pytest.mark.parametrize(
+    "width, total, backbone",
+    [
+        (0.5, 1_370_593, 1_113_593),
+        (0.75, 2_866_009, 2_481_009),
+        (1.0, 4_901_841, 4_388_841),
+        (1.25, 7_478_089, 6_837_089),
+        (1.5, 10_594_753, 9_825_753),
+        (1.75, 14_251_833, 13_354_833),
+        (2.0, 18_449_329, 17_424_329),
+    ],
+)
+def test_parameter_counts(width, total, backbone):
+    shapes = variable_shapes(MobileViTv2(width, embed_dim=None, num_classes=1000))
+    assert count(shapes["params"]) == total
+    shapes["params"].pop("classifier")
+    assert count(shapes["params"]) == backbone
+
+
+def test_parameters_by_part_at_width_1():
+    params = variable_shapes(MobileViTv2(1.0))["params"]
+    parts = {"stem": 0, "stage0": 0, "stage1": 0, "stage2": 0, "stage3": 0, "stage4": 0, "embedding": 0}
+    for name, tree in params.items():
+        parts[name.split("_")[0]] += count(tree)
+    expected = [928, 7_104, 95_616, 403_458, 1_528_580, 2_353_155, 512 * 512 + 512]
+    assert list(parts.values()) == expected
+
+
+@pytest.mark.parametrize("size, grids", [(224, (112, 56, 28, 14, 8)), (256, (128, 64, 32, 16, 8))])
+def test_stage_shapes(size, grids):
+    model = MobileViTv2(1.0)
+    pixels = jax.ShapeDtypeStruct((2, size, size, 3), jnp.uint8)
+    out = jax.eval_shape(model.apply, variable_shapes(model), pixels)
+    channels = (64, 128, 256, 384, 512)
+    assert [x.shape for x in out.layers] == [(2, g, g, c) for g, c in zip(grids, channels, strict=True)]
+    assert out.embedding.shape == (2, 512)
+
+
+def test_images_of_another_size_are_resized(tiny):
+    out = jax.eval_shape(TINY.clone(image_size=32).apply, tiny, images(48))
+    assert out.layers[0].shape == (2, 32, 32, 8)
+
+
+def test_uint8_is_the_float_image_between_0_and_1(tiny):
+    pixels = images(32)
+    whole = TINY.apply(tiny, pixels)
+    real = TINY.apply(tiny, np.asarray(pixels, np.float32) / 255)
+    np.testing.assert_allclose(whole.embedding, real.embedding, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [7, 8])
+def test_depthwise_shift_is_the_grouped_convolution_with_its_gradients(stride, size):
+    x = jax.random.normal(jax.random.key(0), (2, size, size + 2, 6))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 1, 6))
+    out = {
+        how: jax.vjp(lambda x, k, how=how: depthwise_3x3(x, k, stride, how), x, kernel)
+        for how in ("conv", "shift")
+    }
+    np.testing.assert_allclose(out["shift"][0], out["conv"][0], rtol=1e-5, atol=1e-5)
+    g = jax.random.normal(jax.random.key(2), out["conv"][0].shape)
+    for ours, theirs in zip(out["shift"][1](g), out["conv"][1](g), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-5)
+
+
+def test_stride_2_pads_both_sides_as_torch():
+    torch = pytest.importorskip("torch", reason="parity with torch's convolution")
+    x = np.random.default_rng(0).normal(size=(2, 8, 8, 4)).astype(np.float32)
+    kernel = np.random.default_rng(1).normal(size=(3, 3, 1, 4)).astype(np.float32)
+    theirs = torch.nn.functional.conv2d(
+        torch.tensor(x.transpose(0, 3, 1, 2)),
+        torch.tensor(kernel.transpose(3, 2, 0, 1)),
+        stride=2,
+        padding=1,
+        groups=4,
+    )
+    for how in ("conv", "shift"):
+        ours = depthwise_3x3(jnp.asarray(x), jnp.asarray(kernel), 2, how)
+        np.testing.assert_allclose(ours, theirs.numpy().transpose(0, 2, 3, 1), rtol=1e-5, atol=1e-5)
+
+
+def test_pointwise_is_a_1x1_convolution():
+    x = jax.random.normal(jax.random.key(0), (2, 5, 7, 6))
+    kernel = jax.random.normal(jax.random.key(1), (6, 4))
+    conv = jax.lax.conv_general_dilated(
+        x, kernel[None, None], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    np.testing.assert_allclose(pointwise(x, kernel), conv, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("h, w", [(7, 7), (1, 3), (13, 8)])
+def test_resize_is_torch_bilinear_with_aligned_corners(h, w):
+    torch = pytest.importorskip("torch", reason="parity with torch's interpolation")
+    x = np.random.default_rng(0).normal(size=(2, h, w, 5)).astype(np.float32)
+    theirs = torch.nn.functional.interpolate(
+        torch.tensor(x.transpose(0, 3, 1, 2)), (h + h % 2, w + w % 2), mode="bilinear", align_corners=True
+    )
+    ours = enlarge_to_patches(jnp.asarray(x))
+    np.testing.assert_allclose(ours, theirs.numpy().transpose(0, 2, 3, 1), rtol=1e-5, atol=1e-6)
+
+
+def test_attention_mixes_only_positions_of_like_parity():
+    x = jax.random.normal(jax.random.key(0), (1, 4, 6, 8))
+    attention = SeparableAttention()
+    variables = attention.init(jax.random.key(1), x)
+    change = attention.apply(variables, x.at[0, 2, 3].add(1.0)) - attention.apply(variables, x)
+    moved = np.abs(np.asarray(change[0])).max(-1) > 1e-6
+    assert moved[0::2, 1::2].all()  # row even, column odd, like (2, 3)
+    moved[0::2, 1::2] = False
+    assert not moved.any()
+
+
+def test_batch_norm_moves_as_torch():
+    torch = pytest.importorskip("torch", reason="parity with torch.nn.BatchNorm2d")
+    rng = np.random.default_rng(0)
+    theirs = torch.nn.BatchNorm2d(5)
+    with torch.no_grad():
+        theirs.weight.copy_(torch.tensor(rng.normal(size=5)))
+        theirs.bias.copy_(torch.tensor(rng.normal(size=5)))
+    ours = BatchNorm()
+    params = {
+        "scale": jnp.asarray(theirs.weight.detach().numpy()),
+        "bias": jnp.asarray(theirs.bias.detach().numpy()),
+    }
+    stats = {"mean": jnp.zeros(5), "var": jnp.ones(5)}
+    for _ in range(3):
+        # 2 x 2 x 3 = 12 values a channel: Bessel's correction is 9 %.
+        x = rng.normal(1.0, 2.0, size=(2, 2, 3, 5)).astype(np.float32)
+        out, state = ours.apply({"params": params, "batch_stats": stats}, x, True, mutable=["batch_stats"])
+        stats = state["batch_stats"]
+        expected = theirs(torch.tensor(x.transpose(0, 3, 1, 2))).detach().numpy().transpose(0, 2, 3, 1)
+        np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(stats["mean"], theirs.running_mean.numpy(), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(stats["var"], theirs.running_var.numpy(), rtol=1e-5, atol=1e-6)
+    out = ours.apply({"params": params, "batch_stats": stats}, x, False)
+    theirs.eval()
+    expected = theirs(torch.tensor(x.transpose(0, 3, 1, 2))).detach().numpy().transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_batch_statistics_are_global_under_a_sharded_batch():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    x = jax.random.normal(jax.random.key(0), (16, 2, 2, 3)) * jnp.arange(1.0, 17.0)[:, None, None, None]
+    norm = BatchNorm()
+    variables = norm.init(jax.random.key(0), x)
+    apply = jax.jit(lambda v, x: norm.apply(v, x, True, mutable=["batch_stats"]))
+    sharded = jax.device_put(x, jax.NamedSharding(mesh, jax.P("data")))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+        apply(variables, sharded),
+        apply(variables, x),
+    )
+
+
+def loss_and_gradient(model, variables, pixels):
+    def loss(params):
+        out, state = model.apply({**variables, "params": params}, pixels, True, mutable=["batch_stats"])
+        return jnp.mean(jnp.square(out.embedding.astype(jnp.float32))), state
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
+
+
+def test_training_moves_every_statistic_and_reaches_every_parameter(tiny):
+    (_, state), gradient = loss_and_gradient(TINY, tiny, images(32, 4))
+    unmoved = jax.tree.map(lambda a, b: bool(jnp.all(a == b)), state["batch_stats"], tiny["batch_stats"])
+    assert not any(jax.tree.leaves(unmoved))
+    still = [
+        jax.tree_util.keystr(path)
+        for path, x in jax.tree_util.tree_leaves_with_path(gradient)
+        if float(jnp.max(jnp.abs(x))) == 0
+    ]
+    assert not still
+
+
+def test_remat_and_conv_change_nothing(tiny):
+    (loss, state), gradient = loss_and_gradient(TINY, tiny, images(32, 4))
+    other = TINY.clone(remat=True, depthwise="conv")
+    (loss2, state2), gradient2 = loss_and_gradient(other, tiny, images(32, 4))
+    np.testing.assert_allclose(loss, loss2, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves((state, gradient)), jax.tree.leaves((state2, gradient2)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-4 * float(jnp.max(jnp.abs(a)) + 1e-3))
+
+
+def test_bfloat16_runs_near_float32_with_float32_state(tiny):
+    model = TINY.clone(dtype=jnp.bfloat16)
+    assert {x.dtype for x in jax.tree.leaves(model.init(jax.random.key(0), images(32)))} == {
+        jnp.dtype("float32")
+    }
+    (loss, state), gradient = loss_and_gradient(model, tiny, images(32, 4))
+    (exact, _), _ = loss_and_gradient(TINY, tiny, images(32, 4))
+    assert {x.dtype for x in jax.tree.leaves((state, gradient))} == {jnp.dtype("float32")}
+    assert TINY.clone(dtype=jnp.bfloat16).apply(tiny, images(32)).embedding.dtype == jnp.bfloat16
+    np.testing.assert_allclose(loss, exact, rtol=0.05)  # bfloat16 keeps 8 bits; some 30 layers
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"channels": (8, 8)}, "channels needs 5 numbers"),
+        ({"strides": (1, 1, 2, 2, 2)}, "strides needs 6 numbers"),
+        ({"depths": (1,)}, "depths needs 3 numbers"),
+        ({"depthwise": "fast"}, "depthwise must be 'conv' or 'shift', not 'fast'"),
+    ],
+)
+def test_wrong_fields_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        variable_shapes(TINY.clone(**fields))
+
+
+def test_wrong_images_and_a_missing_classifier_are_refused(tiny):
+    with pytest.raises(ValueError, match="uint8 .* or float"):
+        TINY.apply(tiny, jnp.zeros((1, 32, 32, 3), jnp.int32))
+    with pytest.raises(ValueError, match="num_classes"):
+        TINY.apply(tiny, images(32), method="classify")
