@@ -1,6 +1,6 @@
 """Reads a raw dataset once and writes records that training reads at random.
 
-    python -m clipdistill_jax.prepare msrvtt --source=DIR --out=DIR
+python -m clipdistill_jax.prepare msrvtt --source=DIR --out=DIR
 """
 
 import argparse
@@ -19,6 +19,7 @@ from clipdistill_jax.data import index as files
 from clipdistill_jax.data.formats import Clip, ClipSplits, Problem, msrvtt
 from clipdistill_jax.data.progress import progress_bar
 from clipdistill_jax.data.video import UnreadableVideo, VideoFrames, VideoOptions
+from clipdistill_jax.data.workers import available_cores
 
 LAYOUT = 1  # raised when newer code no longer reads what older code prepared
 _LOCK = ".prepare.lock"
@@ -37,7 +38,7 @@ def prepare_msrvtt(
     num_validation: int = 500,
     video: VideoOptions | None = None,
     workers: int | None = None,
-    max_unreadable: float = 0.05,
+    max_unreadable: float | int = 0.05,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Prepares an MSR-VTT tree, or finds it prepared.
@@ -62,7 +63,7 @@ def prepare_msrvtt(
       ValueError: `out` was prepared with other options or from other files, or holds something else.
     """
     video = video or VideoOptions()
-    workers = workers or os.cpu_count() or 1
+    workers = workers or available_cores()
     if not 0 <= max_unreadable <= 1:
         raise ValueError(f"max_unreadable={max_unreadable} must be a fraction, 0 to 1")
     source, out = Path(source), Path(out)
@@ -91,7 +92,12 @@ def prepare_msrvtt(
 
 
 def _prepare(
-    clips: ClipSplits, out: Path, video: VideoOptions, workers: int, max_unreadable: float, progress: bool
+    clips: ClipSplits,
+    out: Path,
+    video: VideoOptions,
+    workers: int,
+    max_unreadable: float | int,
+    progress: bool,
 ) -> dict[str, Any]:
     from clipdistill_jax.data import builder  # here, so that workers that import this file stay light
 
@@ -137,7 +143,7 @@ def _prepare(
     }
 
 
-def _check_unreadable(problems: list[Problem], listed: int, max_unreadable: float) -> None:
+def _check_unreadable(problems: list[Problem], listed: int, max_unreadable: float | int) -> None:
     bad = [p for p in problems if p.kind in _UNREADABLE]
     if len(bad) > max_unreadable * listed:
         first = "".join(f"\n  {p.file}, {p.record}: {p.reason}" for p in bad[:5])
@@ -151,7 +157,9 @@ def _is_prepared(out: Path) -> bool:
     return (out / files.MANIFEST).is_file()
 
 
-def _same_manifest(out: Path, options: dict[str, Any], source: Path, fingerprint: str | None) -> dict[str, Any]:
+def _same_manifest(
+    out: Path, options: dict[str, Any], source: Path, fingerprint: str | None
+) -> dict[str, Any]:
     """The manifest of a prepared folder, if it is of these options and (where known) of these files."""
     manifest = files.read_manifest(out)
     before = manifest["options"]
@@ -161,8 +169,8 @@ def _same_manifest(out: Path, options: dict[str, Any], source: Path, fingerprint
         raise ValueError(f"{out} was prepared with {changes}. Give another folder, or remove this one.")
     if fingerprint not in (None, manifest["source"]["fingerprint"]):
         raise ValueError(
-            f"{out} was prepared from {manifest['source']['path']}, but the annotations or videos in {source} "
-            "differ from what was there then. Give another folder, or remove this one."
+            f"{out} was prepared from {manifest['source']['path']}; the annotations or videos in {source} "
+            "are not the same as then. Give another folder, or remove this one."
         )
     return manifest
 
@@ -171,7 +179,9 @@ def _same_manifest(out: Path, options: dict[str, Any], source: Path, fingerprint
 def _locked(out: Path) -> Iterator[None]:
     """One preparation a folder at a time. The lock file also tells a folder of ours from any other."""
     if out.exists() and any(out.iterdir()) and not (out / _LOCK).exists():
-        raise ValueError(f"{out} is not empty and was not made by this program: give a new or an empty folder")
+        raise ValueError(
+            f"{out} is not empty and not of this program's making: give a new or an empty folder"
+        )
     out.mkdir(parents=True, exist_ok=True)
     with open(out / _LOCK, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -187,7 +197,8 @@ def _report(manifest: dict[str, Any], out: Path) -> str:
             + (f"; {left_out} of {n['listed']} left out" if left_out else "")
         )
     lines += [f"  note: {note}" for note in manifest["notes"]]
-    lines += [f"  {count} x {kind} (listed in {files.MANIFEST})" for kind, count in manifest["counts"].items()]
+    counts = manifest["counts"].items()
+    lines += [f"  {count} x {kind} (listed in {files.MANIFEST})" for kind, count in counts]
     lines += [f"    {p['file']}, {p['record']}: {p['reason']}" for p in manifest["skipped"][:10]]
     return "\n".join(lines)
 
@@ -202,15 +213,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--source", required=True, help="the raw tree")
     command.add_argument("--out", required=True, help="folder of the prepared records")
     command.add_argument("--train", default="9k", choices=sorted(msrvtt.TRAIN_CSV))
-    command.add_argument("--num_validation", type=int, default=500, help="held out when there is no MSRVTT_val.csv")
+    command.add_argument("--num_validation", type=int, default=500, help="held out without MSRVTT_val.csv")
     defaults = VideoOptions()
     command.add_argument("--fps", type=float, default=defaults.fps, help="frames kept a second")
-    command.add_argument("--max_frames", type=int, default=defaults.max_frames, help="most frames kept of a clip")
-    command.add_argument("--size", type=int, default=defaults.size, help="short side of the frames, in pixels")
+    command.add_argument("--max_frames", type=int, default=defaults.max_frames, help="most frames of a clip")
+    command.add_argument("--size", type=int, default=defaults.size, help="short side in pixels")
     command.add_argument("--store_square", action="store_true", help="keep the centre square only")
     command.add_argument("--quality", type=int, default=defaults.quality, help="JPEG quality")
-    command.add_argument("--workers", type=int, default=None, help="decoding processes; one a core by default")
-    command.add_argument("--max_unreadable", type=float, default=0.05, help="fraction that may be missing or broken")
+    command.add_argument("--workers", type=int, default=None, help="decoding processes; default one a core")
+    command.add_argument("--max_unreadable", type=float, default=0.05, help="fraction of clips")
     args = parser.parse_args(argv)
     try:
         video = VideoOptions(args.fps, args.max_frames, args.size, args.store_square, args.quality)

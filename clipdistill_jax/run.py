@@ -15,13 +15,20 @@ from jax.sharding import Mesh
 from clipdistill_jax.dataset import Dataset, open_dataset
 from clipdistill_jax.distill.teacher import fingerprint
 from clipdistill_jax.evaluate.evaluator import RetrievalEvaluator
-from clipdistill_jax.experiment import Config, Stage, build_stage, plain
+from clipdistill_jax.experiment import Config, Stage, build_stage, plain, stage_config
 from clipdistill_jax.report.sizes import model_sizes
 from clipdistill_jax.train import checkpoint, sharding
 from clipdistill_jax.train import state as states
 from clipdistill_jax.train.loop import LoopConfig, train
 from clipdistill_jax.train.run_folder import run_folder
-from clipdistill_jax.train.writers import standard_writer
+from clipdistill_jax.train.writers import (
+    ConsoleWriter,
+    JsonlWriter,
+    MetricWriter,
+    MultiWriter,
+    TensorBoardWriter,
+    on_first_host,
+)
 from clipdistill_jax.weights import read_initial, stage_variables
 
 RESULT = "result.json"
@@ -36,7 +43,7 @@ def run_stages(config: Config, workdir: Path) -> dict[str, dict[str, Any]]:
     mesh = sharding.make_mesh(**plain(config["mesh"]))
     dataset = open_dataset(config, workdir)
     results: dict[str, dict[str, Any]] = {}
-    for name in config["stages"]:
+    for name in stage_order(config):
         key = _key(config, name, results)
         file = workdir / name / RESULT
         if file.exists() and (done := json.loads(file.read_text()))["key"] == key:
@@ -48,17 +55,43 @@ def run_stages(config: Config, workdir: Path) -> dict[str, dict[str, Any]]:
     return results
 
 
+def stage_order(config: Config) -> list[str]:
+    """The stages, each after those that it starts or learns from, else in the config's order.
+
+    Raises:
+      ValueError: stages wait for each other, or for one that is not there.
+    """
+    order: list[str] = []
+
+    def visit(name: str, waiting: tuple[str, ...]) -> None:
+        if name in waiting:
+            raise ValueError(f"stages wait for each other: {' -> '.join((*waiting, name))}")
+        for other in _needs(stage_config(config, name)):
+            visit(other, (*waiting, name))
+        if name not in order:
+            order.append(name)
+
+    for name in config["stages"]:
+        visit(name, ())
+    return order
+
+
+def _needs(stage: Config) -> list[str]:
+    sources = plain(stage["init"]).values()
+    started = [source.removeprefix("stage:") for source in sources if source.startswith("stage:")]
+    return [name for name in (*started, stage["teacher"]) if name]
+
+
 def _key(config: Config, name: str, results: Mapping[str, Any]) -> str:
     """What a stage's result depends on: its config, its models', the data's, the stages before it."""
     stage = plain(config["stages"][name])
-    before = [stage["teacher"], *(source.removeprefix("stage:") for source in stage["init"].values())]
     depends = {
         "stage": stage,
         "model": plain(config[stage["model"]]),
         "data": plain(config["data"]),
         "world": plain(config["world"]),
         "seed": config["seed"],
-        "before": {other: results[other]["key"] for other in before if other in results},
+        "before": {other: results[other]["key"] for other in _needs(stage)},
     }
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -102,7 +135,7 @@ def run_stage(
         ),
         mesh,
         frozen=frozen,
-        writer=standard_writer(folder, keys=tuple(f"{name}_loss" for name in settings["terms"])),
+        writer=on_first_host(lambda: _writer(folder, settings)),
         checkpointer=checkpointer,
         evaluate=evaluate if "validation" in dataset.splits else None,
     )
@@ -138,6 +171,17 @@ def initial_state(config: Config, stage: Stage, mesh: Mesh, workdir: Path) -> st
     params, model_state = jax.device_get(jax.jit(stage.init)(key))
     student, model_state = read_initial(init, params["student"], model_state, workdir)
     return states.with_params(state, {**params, "student": student}, model_state)
+
+
+def _writer(folder: Path, settings: Config) -> MetricWriter:
+    shown = ["task_loss", *(f"{name}_loss" for name in settings["terms"])]
+    return MultiWriter(
+        [
+            ConsoleWriter(keys=shown if settings["terms"] else ()),
+            JsonlWriter(folder / "metrics.jsonl"),
+            TensorBoardWriter(folder / "tensorboard"),
+        ]
+    )
 
 
 def _variables(state: states.TrainState) -> dict[str, Any]:

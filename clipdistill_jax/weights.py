@@ -14,7 +14,7 @@ from clipdistill_jax.train import checkpoint
 
 Tree = dict[str, Any]
 STAGE = "stage:"
-PARTS = ("model", "text", "vision")
+PARTS = ("model", "text", "vision", "temporal")
 
 
 def stage_variables(folder: Path, step: int | None = None) -> Tree:
@@ -82,14 +82,14 @@ def read_initial(init: Mapping[str, str], params: Tree, state: Tree, workdir: Pa
     """A model's (params, model_state) with the parts that a config's `init` names read from elsewhere.
 
     Args:
-      init: `model`, `text`, `vision`: sources as in `read_source`; "" leaves a part as it is. `model` is
-        every part that the source has; the other two take that tower alone.
+      init: `model`, `text`, `vision`, `temporal`: sources as in `read_source`; "" leaves a part as it is.
+        `model` is every part that the source has, the others that part alone. `temporal` may also be "text":
+        the head's blocks and positions start as those of the text tower, CLIP4Clip's way (modules/modeling.py:105).
       params: of the model as initialised, host arrays.
       state: its batch statistics, host arrays.
       workdir: folder of the run.
 
-    A temporal transformer that no source gives starts from the text tower, as CLIP4Clip's does
-    (modules/modeling.py:105). A ViT's position table is interpolated to the model's grid.
+    A ViT's position table is interpolated to the model's grid.
     """
     unknown = sorted(set(init) - set(PARTS))
     if unknown:
@@ -97,7 +97,7 @@ def read_initial(init: Mapping[str, str], params: Tree, state: Tree, workdir: Pa
     given: Tree = {}
     stats: Tree = {}
     for key in PARTS:
-        if not init.get(key):
+        if not init.get(key) or (key, init[key]) == ("temporal", "text"):
             continue
         read = read_source(init[key], workdir)
         for part, value in read["params"].items():
@@ -106,9 +106,11 @@ def read_initial(init: Mapping[str, str], params: Tree, state: Tree, workdir: Pa
                 if part in read.get("batch_stats", {}):
                     stats[part] = read["batch_stats"][part]
         if key != "model" and key not in read["params"]:
-            raise ValueError(f"init.{key}: {init[key]} has no {key} tower, only {', '.join(read['params'])}")
-    if "temporal" in params and not given.get("temporal") and "text" in given:
-        given["temporal"] = init_from_text(given["text"], params["temporal"])
+            raise ValueError(f"init.{key}: {init[key]} has no {key} part, only {', '.join(read['params'])}")
+    if init.get("temporal") == "text":
+        if "temporal" not in params:
+            raise ValueError("init.temporal is 'text', but this temporal head has no parameters")
+        given["temporal"] = init_from_text(given.get("text", params["text"]), params["temporal"])
     made = {part: given.get(part, value) for part, value in params.items()}
     if "position_embedding" in made["vision"]:
         made["vision"] = _fit_positions(made["vision"], params["vision"])

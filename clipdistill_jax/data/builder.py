@@ -11,11 +11,12 @@ import numpy as np
 import tensorflow_datasets as tfds  # imports TensorFlow only when it writes
 
 from clipdistill_jax.data.formats import Clip
+from clipdistill_jax.data.graph import import_tensorflow
 from clipdistill_jax.data.video import VideoFrames, VideoOptions
 from clipdistill_jax.data.workers import Decoded, decode_clips
 
 
-class ClipRecords(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class ClipRecords(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """Clips of one dataset, each stored once with all its captions.
 
     The records read back with `tfds.builder_from_directory(...)` alone, in the order written.
@@ -84,6 +85,7 @@ def write_records(
         if empty:
             raise ValueError(f"the split {split!r} has no readable clip")
 
+    import_tensorflow()  # before TFDS does, so that it leaves the accelerators alone
     tfds.disable_progress_bar()  # the caller shows its own
     sources = {split: (lambda split=split: source(split)) for split in clips}
     builder = ClipRecords(sources=sources, data_dir=data_dir)

@@ -1,47 +1,18 @@
-"""The tf.data part of the pipeline: a batch as a pure function of its step number."""
+"""The tf.data part of the pipeline: reads records at random and decodes the frames that are wanted."""
 
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-ROUNDS = 4
-FRAME_SAMPLING = ("uniform", "random")
+from clipdistill_jax.data.plan import FrameChoice, Rows
 
-
-class Plan(NamedTuple):
-    """Which items the batches hold; numbers that change nothing but the order and the choice.
-
-    Attributes:
-      captions_per_clip: int64 [number of clips], each at least 1.
-      one_caption: an item is a clip with one of its captions; else every caption is an item.
-      shuffle: another order each epoch; else the order stored.
-      seed: of the order, the captions and the frames.
-      batch_size: items of a step on all hosts.
-      process_index: this host.
-      process_count: hosts; host p takes rows [p b, (p+1) b) of a step, b = batch_size / process_count.
-    """
-
-    captions_per_clip: np.ndarray
-    one_caption: bool
-    shuffle: bool
-    seed: int
-    batch_size: int
-    process_index: int
-    process_count: int
-
-
-class FrameOptions(NamedTuple):
-    """num_frames F of a clip and their side in pixels; sampling is one of FRAME_SAMPLING."""
-
-    num_frames: int
-    image_size: int
-    sampling: str
-    seed: int
+_READS = 4  # steps whose records are read at a time; hides the latency of remote disks
 
 
 def import_tensorflow() -> Any:
@@ -51,6 +22,7 @@ def import_tensorflow() -> Any:
       ImportError: it is not installed.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # no networks run here, and it announces itself
     try:
         import tensorflow as tf
     except ImportError as error:
@@ -61,77 +33,58 @@ def import_tensorflow() -> Any:
     return tf
 
 
-def training_rows(plan: Plan, start_step: int) -> Any:
-    """An endless dataset of (caption, clip, position), each int64 [b], for the steps from start_step on.
+def open_records(directory: Path, split: str) -> Any:
+    """Random access to the serialized records of a split, in the order they were written."""
+    import tensorflow_datasets as tfds
 
-    The items of an epoch are a permutation of all; step s takes positions s B to s B + B - 1 of the endless
-    sequence of epochs, so a batch may span two of them and none is dropped. With one caption a clip, a clip
-    shows each of its n captions once in n epochs, in an order of its own.
-    """
-    tf = import_tensorflow()
-    counts = tf.constant(plan.captions_per_clip, tf.int64)
-    offsets = tf.cumsum(counts, exclusive=True)
-    clip_of_caption = tf.repeat(tf.range(len(plan.captions_per_clip), dtype=tf.int64), counts)
-    items = tf.size(counts if plan.one_caption else clip_of_caption, tf.int64)
-    rows = plan.batch_size // plan.process_count
-
-    def permuted(index: Any, size: Any, seed: tuple[Any, ...]) -> Any:
-        # tf.random.experimental.index_shuffle, whose wrapper cannot take a seed a row (TF 2.21)
-        seeds = tf.stack([tf.broadcast_to(tf.cast(s, tf.int64), [rows]) for s in seed], axis=-1)
-        last = tf.broadcast_to(size - 1, [rows])
-        return tf.raw_ops.RandomIndexShuffle(index=index, seed=seeds, max_index=last, rounds=ROUNDS)
-
-    def pick(step: Any) -> tuple[Any, Any, Any]:
-        position = step * plan.batch_size + plan.process_index * rows + tf.range(rows, dtype=tf.int64)
-        epoch, item = position // items, position % items
-        if plan.shuffle:
-            item = permuted(item, items, (epoch, plan.seed, 0))
-        if not plan.one_caption:
-            return item, tf.gather(clip_of_caption, item), position
-        count = tf.gather(counts, item)
-        turn = permuted(epoch % count, count, (epoch // count, plan.seed, 1 + item))
-        return tf.gather(offsets, item) + turn, item, position
-
-    return tf.data.Dataset.range(start_step, np.iinfo(np.int64).max).map(pick)
+    (version,) = (path.parent for path in (directory / "clips").glob("*/dataset_info.json"))
+    return tfds.builder_from_directory(version).as_data_source(split).data_source
 
 
-def clip_rows(clips: np.ndarray) -> Any:
-    """A dataset of (0, clip, 0) vectors for the given clip ids, int64 [batches, b]; -1 gives an empty clip."""
-    tf = import_tensorflow()
-    rows = tf.data.Dataset.from_tensor_slices(np.asarray(clips, np.int64))
-    return rows.map(lambda clip: (tf.zeros_like(clip), clip, tf.zeros_like(clip)))
-
-
-def with_frames(rows: Any, records: Any, options: FrameOptions, *, num_threads: int) -> "StoppingIterator":
-    """Reads and decodes the clips of `rows`.
+def decoded_steps(
+    steps: range,
+    rows: Callable[[int], Rows],
+    records: Any,
+    choice: FrameChoice,
+    *,
+    image_size: int,
+    num_threads: int,
+) -> "StoppingIterator":
+    """Reads the clips of each step and decodes their chosen frames, ahead of their use.
 
     Args:
-      rows: dataset of (caption, clip, position), int64 [b] each.
-      records: random-access source of serialized records; its `__getitems__` takes a list of positions.
-      options: frames wanted.
+      steps: the steps in order.
+      rows: the rows of a step; the same number each.
+      records: random access to serialized records.
+      choice: frames wanted.
+      image_size: H = W, pixels.
       num_threads: threads that decode.
 
     Returns:
-      An iterator of NumPy (caption [b], clip [b], frames uint8 [b, F, H, W, 3], frame_mask bool [b, F]), with a
+      Iterator of NumPy (caption [b], clip [b], frames uint8 [b, F, H, W, 3], frame_mask bool [b, F]) with a
       `close` method.
     """
     tf = import_tensorflow()
+    size = len(rows(steps[0]).clip) if steps else 1
 
-    def read(clips: np.ndarray) -> np.ndarray:
-        wanted = np.unique(clips[clips >= 0])
-        found = dict(zip(wanted.tolist(), records.__getitems__(wanted.tolist()) if len(wanted) else [], strict=True))
-        return np.array([found.get(clip, b"") for clip in clips.tolist()], dtype=object)
+    def read(step: np.int64) -> tuple[np.ndarray, ...]:
+        caption, clip, position = rows(int(step))
+        # Each clip is read once, though several of its captions be in the batch. One by one, for
+        # `__getitems__` starts a thread pool a call, which costs more than it gains.
+        found = {k: records[k] for k in np.unique(clip[clip >= 0]).tolist()}
+        serialized = np.array([found.get(k, b"") for k in clip.tolist()], dtype=object)
+        return caption, clip, choice.choose(clip, position), serialized
 
-    def load(caption: Any, clip: Any, position: Any) -> tuple[Any, ...]:
-        serialized = tf.numpy_function(read, [clip], tf.string, stateful=False)
-        return caption, clip, position, tf.ensure_shape(serialized, clip.shape)
+    def load(step: Any) -> tuple[Any, ...]:
+        read_step = tf.numpy_function(read, [step], (tf.int64, tf.int64, tf.int64, tf.string))
+        shapes = ([size], [size], [size, choice.num_frames], [size])
+        return tuple(tf.ensure_shape(x, shape) for x, shape in zip(read_step, shapes, strict=True))
 
-    def decode(caption: Any, clip: Any, position: Any, serialized: Any) -> tuple[Any, ...]:
-        frames, frame_mask = _clip_frames(tf, serialized, position, options)
-        return caption, clip, frames, frame_mask
+    def decode(caption: Any, clip: Any, chosen: Any, serialized: Any) -> tuple[Any, ...]:
+        frames = _clip_frames(tf, serialized, chosen, choice.num_frames, image_size)
+        return caption, clip, frames, chosen >= 0
 
-    size = rows.element_spec[1].shape[0]
-    dataset = rows.map(load, num_parallel_calls=2).unbatch()
+    dataset = tf.data.Dataset.range(steps.start, steps.stop).map(load, num_parallel_calls=_READS).unbatch()
     dataset = dataset.map(decode, num_parallel_calls=num_threads).batch(size, drop_remainder=True).prefetch(2)
     settings = tf.data.Options()
     settings.threading.private_threadpool_size = num_threads
@@ -140,16 +93,16 @@ def with_frames(rows: Any, records: Any, options: FrameOptions, *, num_threads: 
 
 
 class StoppingIterator:
-    """Ends the background threads of a tf.data iterator at `close`, when collected, and at exit.
+    """Ends the background threads of a tf.data iterator at `close()`, when dropped, and at exit.
 
-    They call into Python to read records. If they are still at work when the interpreter shuts down, the
-    process hangs.
+    They call into Python to read records. Were they still at work when the interpreter shuts down, the
+    process would hang.
     """
 
     def __init__(self, iterator: Iterator[Any]):
         self._holder = [iterator]
         self._lock = threading.Lock()
-        self.close = weakref.finalize(self, _release, self._holder, self._lock)
+        self._release = weakref.finalize(self, _release, self._holder, self._lock)
 
     def __iter__(self) -> "StoppingIterator":
         return self
@@ -160,40 +113,32 @@ class StoppingIterator:
                 raise StopIteration
             return next(self._holder[0])
 
+    def close(self) -> None:
+        """Stops; the iterator then ends."""
+        self._release()
 
-def _release(holder: list[Any], lock: threading.Lock) -> None:
-    with lock:  # wait for a batch that another thread is waiting for
+
+def _release(holder: list[Any], lock: AbstractContextManager[Any]) -> None:
+    with lock:  # wait for the batch that another thread waits for
         holder.clear()
 
 
-def _clip_frames(tf: Any, serialized: Any, position: Any, options: FrameOptions) -> tuple[Any, Any]:
-    """Frames uint8 [F, H, W, 3], zero padded, and their mask bool [F], of one serialized record."""
+def _clip_frames(tf: Any, serialized: Any, chosen: Any, num_frames: int, side: int) -> Any:
+    """uint8 [F, H, W, 3]: frames `chosen` [F] of a serialized record, zeros where chosen is -1."""
     parsed = tf.io.parse_single_example(
         serialized, {"frames": tf.io.FixedLenSequenceFeature([], tf.string, allow_missing=True)}
     )
-    jpegs = parsed["frames"]
-    stored = tf.size(jpegs)
-    wanted = options.num_frames
-    count = tf.minimum(stored, wanted)
-    if options.sampling == "random":
-        order = tf.argsort(tf.random.stateless_uniform([stored], tf.stack([options.seed, position])))
-        chosen = tf.sort(order[:count])
-    else:
-        # CLIP4Clip's slice_framepos=2: np.linspace(0, n-1, F, dtype=int), in integers
-        steps = tf.range(count)
-        chosen = tf.where(stored > wanted, steps * (stored - 1) // max(wanted - 1, 1), steps)
     frames = tf.map_fn(
-        lambda jpeg: _frame(tf, jpeg, options.image_size),
-        tf.gather(jpegs, chosen),
-        fn_output_signature=tf.TensorSpec([options.image_size, options.image_size, 3], tf.uint8),
+        lambda jpeg: _frame(tf, jpeg, side),
+        tf.gather(parsed["frames"], chosen[chosen >= 0]),
+        fn_output_signature=tf.TensorSpec([side, side, 3], tf.uint8),
     )
-    frames = tf.pad(frames, [[0, wanted - count], [0, 0], [0, 0], [0, 0]])
-    frames.set_shape([wanted, options.image_size, options.image_size, 3])
-    return frames, tf.range(wanted) < count
+    frames = tf.pad(frames, [[0, num_frames - tf.shape(frames)[0]], [0, 0], [0, 0], [0, 0]])
+    return tf.ensure_shape(frames, [num_frames, side, side, 3])
 
 
 def _frame(tf: Any, jpeg: Any, size: int) -> Any:
-    """The centre square of a JPEG as uint8 [size, size, 3]; bicubic with antialias where it must shrink."""
+    """The centre square of a JPEG as uint8 [size, size, 3]; bicubic, antialiased, where the sizes differ."""
     height, width, _ = tf.unstack(tf.io.extract_jpeg_shape(jpeg))
     side = tf.minimum(height, width)
     window = tf.stack([(height - side) // 2, (width - side) // 2, side, side])
@@ -204,11 +149,3 @@ def _frame(tf: Any, jpeg: Any, size: int) -> Any:
         return tf.cast(tf.clip_by_value(tf.round(image), 0.0, 255.0), tf.uint8)
 
     return tf.ensure_shape(tf.cond(side == size, lambda: square, resized), [size, size, 3])
-
-
-def open_records(directory: Path, split: str) -> Any:
-    """Random access to the serialized records of a split, in the order they were written."""
-    import tensorflow_datasets as tfds
-
-    (version,) = sorted((directory / "clips").iterdir())
-    return tfds.builder_from_directory(version).as_data_source(split).data_source

@@ -1,14 +1,17 @@
 """Batches of clips and captions from prepared records; each a pure function of its step."""
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from clipdistill_jax.data import graph, index
+from clipdistill_jax.data.plan import FRAME_SAMPLING, FrameChoice, Rows, TrainingPlan, padded_ids
 from clipdistill_jax.data.text import Tokenizer, Tokens
+from clipdistill_jax.data.workers import available_cores
 
 CAPTION_MODES = ("all", "one")
 
@@ -19,8 +22,10 @@ class _Split:
     def __init__(self, directory: Path, name: str, tokenizer: Tokenizer, max_tokens: int):
         self.index = index.read_index(directory, name)
         self.captions_per_clip = np.array([len(captions) for captions in self.index.captions], np.int64)
+        self.frames_per_clip = np.array(self.index.num_frames, np.int64)
         self.captions = [caption for captions in self.index.captions for caption in captions]
-        self.clip_of_caption = np.repeat(np.arange(len(self.index.captions), dtype=np.int32), self.captions_per_clip)
+        clips = np.arange(len(self.index.captions), dtype=np.int32)
+        self.clip_of_caption = np.repeat(clips, self.captions_per_clip)
         self.tokens: Tokens = tokenizer.encode(self.captions, max_tokens)
         self.records = graph.open_records(directory, name)
         if len(self.records) != len(self.index.video_ids):
@@ -65,13 +70,20 @@ class RetrievalData:
         self.manifest = index.read_manifest(directory)
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
-        self._num_threads = num_threads or os.cpu_count() or 1
+        self._num_threads = num_threads or available_cores()
         self._loaded: dict[str, _Split] = {}
 
     def _split(self, name: str) -> _Split:
         if name not in self._loaded:
             self._loaded[name] = _Split(self.directory, name, self._tokenizer, self._max_tokens)
         return self._loaded[name]
+
+    def _decoded(
+        self, steps: range, rows: Callable[[int], Rows], split: _Split, choice: FrameChoice, image_size: int
+    ) -> graph.StoppingIterator:
+        return graph.decoded_steps(
+            steps, rows, split.records, choice, image_size=image_size, num_threads=self._num_threads
+        )
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -107,6 +119,7 @@ class RetrievalData:
         captions: str = "all",
         shuffle: bool = True,
         frame_sampling: str = "uniform",
+        max_clips: int | None = None,
         process_index: int = 0,
         process_count: int = 1,
     ) -> Iterator[dict[str, np.ndarray]]:
@@ -115,8 +128,8 @@ class RetrievalData:
         Args:
           start_step: the first step.
           batch_size: examples of a step on all hosts together; this host gets its 1/process_count of them.
-          num_frames: F. "uniform": of n > F stored frames those at linspace(0, n-1, F), truncated, as CLIP4Clip
-            does; all frames, zero padded, where there are fewer.
+          num_frames: F. "uniform": of n > F stored frames those at linspace(0, n-1, F), truncated, as
+            CLIP4Clip does; all frames, zero padded, where there are fewer.
           image_size: H = W. The centre square of the stored frames, shrunk where they are larger: prepare at
             the size you train with, for the resize costs more than the decoding.
           split: the split to draw from.
@@ -124,6 +137,7 @@ class RetrievalData:
           captions: "all": an epoch has every caption once; "one": every clip once, with its captions in turn.
           shuffle: a new order each epoch; else the stored one.
           frame_sampling: "uniform", or "random": F frames drawn for each item anew, in time order.
+          max_clips: only the first of the split's clips, and their captions; None = all.
           process_index: this host.
           process_count: hosts. They take consecutive parts of each step's batch.
 
@@ -132,20 +146,27 @@ class RetrievalData:
           KeyError: there is no such split.
         """
         _check_choice("captions", captions, CAPTION_MODES)
-        _check_choice("frame_sampling", frame_sampling, graph.FRAME_SAMPLING)
+        _check_choice("frame_sampling", frame_sampling, FRAME_SAMPLING)
         _check_sizes(batch_size, process_index, process_count, num_frames=num_frames, image_size=image_size)
         if start_step < 0:
             raise ValueError(f"start_step={start_step} must not be negative")
-        items = self.num_items(split, captions)
-        if batch_size > items:
-            raise ValueError(f"batch_size={batch_size} is more than the {items} items of {split!r}")
+        if max_clips is not None and max_clips < 1:
+            raise ValueError(f"max_clips={max_clips} must be at least 1, or None for all clips")
         loaded = self._split(split)
-        plan = graph.Plan(
-            loaded.captions_per_clip, captions == "one", shuffle, seed, batch_size, process_index, process_count
+        plan = TrainingPlan(
+            captions_per_clip=loaded.captions_per_clip[:max_clips],
+            one_caption=captions == "one",
+            shuffle=shuffle,
+            seed=seed,
+            batch_size=batch_size,
+            process_index=process_index,
+            process_count=process_count,
         )
-        options = graph.FrameOptions(num_frames, image_size, frame_sampling, seed)
-        rows = graph.training_rows(plan, start_step)
-        read = graph.with_frames(rows, loaded.records, options, num_threads=self._num_threads)
+        if batch_size > plan.num_items:
+            raise ValueError(f"batch_size={batch_size} is more than the {plan.num_items} items of {split!r}")
+        choice = FrameChoice(loaded.frames_per_clip, num_frames, frame_sampling, seed)
+        steps = range(start_step, sys.maxsize)
+        read = self._decoded(steps, plan.rows, loaded, choice, image_size)
         return graph.StoppingIterator(_with_text(row, loaded) for row in read)
 
     def eval_clips(
@@ -165,9 +186,13 @@ class RetrievalData:
         """
         _check_sizes(batch_size, process_index, process_count, num_frames=num_frames, image_size=image_size)
         loaded = self._split(split)
-        ids = _padded_ids(len(loaded.index.video_ids), batch_size, process_index, process_count)
-        options = graph.FrameOptions(num_frames, image_size, "uniform", 0)
-        read = graph.with_frames(graph.clip_rows(ids), loaded.records, options, num_threads=self._num_threads)
+        ids = padded_ids(len(loaded.index.video_ids), batch_size, process_index, process_count)
+        choice = FrameChoice(loaded.frames_per_clip, num_frames)
+
+        def rows(step: int) -> Rows:
+            return Rows(np.full_like(ids[step], -1), ids[step], ids[step])
+
+        read = self._decoded(range(len(ids)), rows, loaded, choice, image_size)
         return graph.StoppingIterator(
             {
                 "frames": frames,
@@ -188,12 +213,12 @@ class RetrievalData:
         """
         _check_sizes(batch_size, process_index, process_count)
         loaded = self._split(split)
-        for ids in _padded_ids(len(loaded.captions), batch_size, process_index, process_count):
+        for ids in padded_ids(len(loaded.captions), batch_size, process_index, process_count):
             rows = np.maximum(ids, 0)
             clips = loaded.clip_of_caption[rows]
             yield {
                 **{name: value[rows] for name, value in loaded.tokens._asdict().items()},
-                "example_id": ids,
+                "example_id": ids.astype(np.int32),
                 "clip_id": np.where(ids >= 0, clips, -1).astype(np.int32),
                 "mask": ids >= 0,
             }
@@ -209,14 +234,6 @@ def _with_text(row: tuple[np.ndarray, ...], split: _Split) -> dict[str, np.ndarr
         "clip_id": clip.astype(np.int32),
         "mask": np.ones(len(caption), bool),
     }
-
-
-def _padded_ids(count: int, batch_size: int, process_index: int, process_count: int) -> np.ndarray:
-    """int32 [batches, b]: 0 .. count-1 in order over all hosts, then -1; this host's columns."""
-    batches = -(-count // batch_size)
-    ids = np.full(batches * batch_size, -1, np.int32)
-    ids[:count] = np.arange(count)
-    return ids.reshape(batches, process_count, -1)[:, process_index]
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

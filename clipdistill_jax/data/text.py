@@ -1,4 +1,4 @@
-"""Captions to token ids. Text is split into words once; a tokenizer encodes those words and keeps their ids."""
+"""Captions to token ids, and to which word of the caption each token belongs."""
 
 import dataclasses
 import json
@@ -47,13 +47,11 @@ def _splitter() -> pre_tokenizers.PreTokenizer:
 def split_words(texts: Iterable[str]) -> list[list[str]]:
     """The words of each text, lower-cased, as CLIP's tokenizer divides it.
 
-    Encoding the words one by one gives exactly the ids that CLIP gives for the whole text, so they are a common
-    ground for tokenizers that cut words differently.
+    Encoding the words one by one gives exactly the ids that CLIP gives for the whole text, so they are a
+    common ground for tokenizers that cut words differently.
     """
     normalizer, splitter = _normalizer(), _splitter()
-    return [
-        [word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))] for text in texts
-    ]
+    return [[word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))] for text in texts]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,20 +150,20 @@ def train_clip_bpe(
       ValueError: vocab_size is too small for the bytes.
     """
     letters = list(_byte_letters())
-    if vocab_size < 2 * len(letters) + 2:
-        raise ValueError(f"vocab_size={vocab_size}: needs at least {2 * len(letters) + 2}, for single bytes")
+    base = letters + [letter + "</w>" for letter in letters]
+    if vocab_size < len(base) + 2:
+        raise ValueError(f"vocab_size={vocab_size}: needs at least {len(base) + 2}, for single bytes")
     learner = tokenizers.Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learner.normalizer = _normalizer()
     learner.pre_tokenizer = _pre_tokenizer()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,  # enough merges in any case: they are cut below
-        initial_alphabet=letters,
+        special_tokens=base,  # fixes their numbers, by which the trainer breaks ties
         end_of_word_suffix="</w>",
         show_progress=False,
     )
     learner.train_from_iterator(captions, trainer)
     merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
-    base = letters + [letter + "</w>" for letter in letters]
     merges = merges[: vocab_size - len(base) - 2]
     entries = [*base, *("".join(pair) for pair in merges), BOS, EOT]
     vocab = {entry: k for k, entry in enumerate(entries)}
@@ -177,7 +175,7 @@ def train_clip_bpe(
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     special = {"bos_token": BOS, "eos_token": EOT, "unk_token": EOT, "pad_token": EOT}
     _write_json(folder / "special_tokens_map.json", special)
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": max_length, "do_lower_case": True, **special}
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": max_length, **special}
     _write_json(folder / "tokenizer_config.json", config)
     _clip_backend(vocab, merges).save(str(folder / "tokenizer.json"))
     return Tokenizer.from_dir(folder)
@@ -215,7 +213,7 @@ def _check_words(backend: tokenizers.Tokenizer, folder: Path) -> None:
     apart = [backend.encode(word, add_special_tokens=False).ids for word in words]
     expected = [(k, token) for k, ids in enumerate(apart) for token in ids]
     if list(zip(found.word_ids, found.ids, strict=True)) != expected:
-        raise ValueError(f"{folder}: not CLIP's tokenizer: it divides {probe!r} into other words than {words}")
+        raise ValueError(f"{folder}: not a CLIP tokenizer: it divides {probe!r} otherwise than into {words}")
 
 
 def _read_bpe(vocab_path: Path, merges_path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -244,7 +242,7 @@ def _folder(path: str | os.PathLike[str]) -> Path:
         return folder
     name = os.fspath(path)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"{name}: no such folder, and not a hub id such as openai/clip-vit-base-patch32")
+        raise FileNotFoundError(f"{name}: no such folder, nor a hub id such as openai/clip-vit-base-patch32")
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

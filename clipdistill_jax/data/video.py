@@ -46,7 +46,7 @@ class VideoOptions:
       quality: JPEG quality, 1 to 95.
     """
 
-    fps: float = 1.0
+    fps: float | int = 1.0
     max_frames: int = 32
     size: int = 224
     store_square: bool = False
@@ -79,8 +79,8 @@ def read_frames(path: str | os.PathLike[str], options: VideoOptions) -> VideoFra
     The frame kept for second k (k = 0, 1/fps, 2/fps, ...) is the first whose time is k or later, counted from
     the first frame. A frame is kept once, also where it is the first after several such k (a gap in a file of
     variable frame rate). Of more than max_frames, those at linspace(0, n-1, max_frames) remain.
-    Rotation metadata is applied. Decoding is single-threaded and never seeks: PyAV can hang with frame threads,
-    and seeking a frame at a time costs more than decoding all of them.
+    Rotation metadata is applied. Decoding is single-threaded and never seeks: PyAV can hang with frame
+    threads, and seeking a frame at a time costs more than decoding all of them.
 
     Raises:
       UnreadableVideo: no such file, empty, no video in it, nothing decodes, or it is cut short.
@@ -171,7 +171,9 @@ def _frames(container: av.container.InputContainer, stream: av.VideoStream) -> I
         yield from frames
 
 
-def _pick(frames: Iterator[tuple[float, av.VideoFrame]], fps: float) -> Iterator[tuple[float, av.VideoFrame]]:
+def _pick(
+    frames: Iterator[tuple[float, av.VideoFrame]], fps: float | int
+) -> Iterator[tuple[float, av.VideoFrame]]:
     due = 0  # index of the next moment wanted
     for time, frame in frames:
         # Half a millisecond forgives timestamps that containers round to their clock (1 ms in WebM).

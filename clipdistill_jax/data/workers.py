@@ -15,6 +15,13 @@ from clipdistill_jax.data.video import UnreadableVideo, VideoFrames, VideoOption
 Decoded = VideoFrames | UnreadableVideo
 
 
+def available_cores() -> int:
+    """Cores that this process may use, which a scheduler can make fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def decode_clips(
     clips: Iterable[Clip], options: VideoOptions, *, workers: int
 ) -> Iterator[tuple[Clip, Decoded]]:
@@ -70,7 +77,8 @@ def end_with_parent() -> None:
     parent = multiprocessing.parent_process()
 
     def watch() -> None:
-        parent.join()
+        if parent is not None:
+            parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -21,7 +21,8 @@ from clipdistill_jax.models.outputs import TextOutput, VisionOutput
 class ClipVisionConfig:
     """Sizes of a CLIP vision transformer (the defaults are ViT-B/32's).
 
-    `mean` and `std` are those of the pixels in [0, 1] that the tower was trained on.
+    `mean` and `std` are those of the pixels in [0, 1] that the tower was trained on. `position_std` is the
+    position table's at its start; None is CLIP's, width ** -0.5.
     """
 
     image_size: int = 224
@@ -35,6 +36,7 @@ class ClipVisionConfig:
     ln_eps: float = 1e-5
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
+    position_std: float | None = None
 
     @property
     def grid(self) -> int:
@@ -111,7 +113,8 @@ class ClipVision(nn.Module):
         init = nn.initializers.normal(c.width**-0.5)
         first = self.param("class_embedding", init, (c.width,), jnp.float32).astype(self.dtype)
         x = jnp.concatenate([jnp.broadcast_to(first, (n, 1, c.width)), x], axis=1)
-        position = self.param("position_embedding", init, (1 + c.grid**2, c.width), jnp.float32)
+        positions = init if c.position_std is None else nn.initializers.normal(c.position_std)
+        position = self.param("position_embedding", positions, (1 + c.grid**2, c.width), jnp.float32)
         x = layer_norm(c.ln_eps, self.dtype, "ln_pre")(x + position.astype(self.dtype))
 
         stack = Transformer(

@@ -98,12 +98,15 @@ class SeqTransf(nn.Module):
       layers: number of blocks.
       heads: attention heads; None: one for every 64 channels.
       positions: rows of the frame position table (77 in CLIP4Clip, from CLIP's text tower).
+      position_std: of the table at its start. Frame vectors of a tower that starts from scratch are about 1 a
+        channel; positions much smaller than that leave the order of frames unseen for long.
       remat: recompute the blocks in the backward pass.
     """
 
     layers: int = 4
     heads: int | None = None
     positions: int = 77
+    position_std: float = 0.02
     ln_eps: float = 1e-12
     dtype: DTypeLike = jnp.float32
     remat: bool = False
@@ -115,7 +118,7 @@ class SeqTransf(nn.Module):
         """Frame vectors [B, F, D] -> [B, F, D]; masked frames get a value too, and influence no other."""
         width = frames.shape[-1]
         table = self.param(
-            "position_embedding", nn.initializers.normal(0.02), (self.positions, width), jnp.float32
+            "position_embedding", nn.initializers.normal(self.position_std), (self.positions, width), jnp.float32
         )
         frames = frames.astype(self.dtype)
         x = frames + _positions(table, frames.shape[1], "frames a clip").astype(self.dtype)

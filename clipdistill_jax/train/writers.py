@@ -115,7 +115,7 @@ class TensorBoardWriter(NullWriter):
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+            self._writer.add_scalar(name.replace("@", ""), value, step)  # TensorBoard knows no "@"
         self._writer.flush()
 
     def close(self) -> None:

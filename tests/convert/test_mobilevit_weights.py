@@ -41,7 +41,7 @@ def test_timm_names_and_shapes():
     state = to_timm(random_variables(MobileViTv2(1.0, embed_dim=None, num_classes=1000)))
     assert set(state) == timm_names()
     assert len(state) == 269
-    assert sum(x.size for name, x in state.items() if not name.split(".")[-1] in list(NORM)[2:]) == 4_901_841
+    assert sum(x.size for name, x in state.items() if name.split(".")[-1] not in list(NORM)[2:]) == 4_901_841
     assert state["stem.conv.weight"].shape == (32, 3, 3, 3)
     assert state["stages.2.0.conv2_kxk.conv.weight"].shape == (256, 1, 3, 3)
     assert state["stages.2.1.transformer.0.attn.qkv_proj.weight"].shape == (257, 128, 1, 1)
@@ -109,10 +109,8 @@ def enlarge_first(torch, model):
     ]
 
 
-@pytest.mark.parametrize(
-    "size", [64, 112, 100]
-)  # last grids: 2 and 4 from 4; 7 -> 8 and 4; 13 -> 14, 7 -> 8, 4
-@pytest.mark.parametrize("depthwise", ["conv", "shift"])
+# The maps of stages 2 to 4: 8, 4, 2; 13 -> 14, 7 -> 8, 4; 28, 14, 7 -> 8.
+@pytest.mark.parametrize("size, depthwise", [(64, "shift"), (100, "conv"), (224, "conv")])
 def test_hugging_face_parity(hugging_face, size, depthwise):
     torch, model = hugging_face
     rgb = np.random.default_rng(0).random((2, size, size, 3), np.float32)
@@ -156,7 +154,7 @@ def test_batch_statistics_in_training_equal_torch(hugging_face):
     with torch.no_grad():
         theirs = model(torch.tensor(rgb.transpose(0, 3, 1, 2).copy())).logits.numpy()
     model.eval()
-    moved = from_huggingface({name: x.numpy() for name, x in model.state_dict().items()}, bgr=False)
+    moved = from_huggingface({name: x.numpy().copy() for name, x in model.state_dict().items()}, bgr=False)
     model.load_state_dict({name: torch.tensor(x) for name, x in state.items()})
     ours = MobileViTv2(0.5, embed_dim=None, num_classes=10)
     variables = from_huggingface(state, head="classifier", bgr=False)

@@ -23,7 +23,8 @@ def read_text(path: Path) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise FormatError(f"{path}, line {line}: not UTF-8 text (byte {error.start}): {error.reason}") from error
+        reason = f"not UTF-8 text (byte {error.start}): {error.reason}"
+        raise FormatError(f"{path}, line {line}: {reason}") from error
 
 
 def read_json(path: Path) -> Any:
@@ -92,8 +93,8 @@ def read_csv(path: Path, columns: tuple[str, ...]) -> list[tuple[int, dict[str, 
                 continue
             if len(values) != len(header):
                 raise FormatError(
-                    f"{path}, line {reader.line_num}: {len(values)} fields where the header has {len(header)}; a "
-                    f'field that contains {delimiter!r} must stand in "quotes": {delimiter.join(values)[:80]!r}'
+                    f"{path}, line {reader.line_num}: {len(values)} fields, the header has {len(header)}; "
+                    f"quote a field that contains {delimiter!r}: {delimiter.join(values)[:80]!r}"
                 )
             rows.append((reader.line_num, dict(zip(header, values, strict=True))))
     except csv.Error as error:

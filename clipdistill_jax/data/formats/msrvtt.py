@@ -1,7 +1,7 @@
 """MSR-VTT as it lies on disk for text-video retrieval.
 
 Files, as CLIP4Clip reads them (dataloaders/dataloader_msrvtt_retrieval.py):
-  MSRVTT_data.json             {"sentences": [{"video_id", "caption"}, ...], "videos": [{"video_id", "url"}, ...]}
+  MSRVTT_data.json             {"sentences": [{"video_id", "caption"}], "videos": [{"video_id", "url"}]}
   MSRVTT_train.9k.csv, .7k.csv column video_id; captions come from the json
   MSRVTT_JSFUSION_test.csv     columns video_id, sentence: the 1k-A test split, one sentence a clip
   MSRVTT_val.csv               optional, ours; columns video_id, sentence
@@ -82,7 +82,9 @@ def read(source: str | os.PathLike[str], *, train: str = "9k", num_validation: i
                 for r in train_rows
                 if r.video_id in held_out
             ]
-            notes.append(f"no {VALIDATION_CSV}: {len(held_out)} clips of {train_csv.name} held out as validation")
+            notes.append(
+                f"no {VALIDATION_CSV}: {len(held_out)} clips of {train_csv.name} held out as validation"
+            )
     rows["train"] = [row for row in train_rows if row.video_id not in held_out]
     _refuse_shared_with_test(rows)
 
@@ -100,7 +102,11 @@ def read(source: str | os.PathLike[str], *, train: str = "9k", num_validation: i
 
 
 def _clips(
-    rows: Iterable[_Row], split: str, folder: Path, videos: dict[str, tuple[Path, int]], problems: list[Problem]
+    rows: Iterable[_Row],
+    split: str,
+    folder: Path,
+    videos: dict[str, tuple[Path, int]],
+    problems: list[Problem],
 ) -> Iterator[Clip]:
     for row in rows:
         record = f"line {row.line}, video_id {row.video_id!r}"
@@ -121,7 +127,9 @@ def _clips(
             if kind in ("", "long_caption"):
                 good.append(" ".join(caption.split()))
         if good:
-            yield Clip(row.video_id, videos[row.video_id][0], tuple(good), f"{row.file.name}, line {row.line}")
+            yield Clip(
+                row.video_id, videos[row.video_id][0], tuple(good), f"{row.file.name}, line {row.line}"
+            )
 
 
 def _check_caption(caption: str) -> tuple[str, str]:
@@ -190,14 +198,16 @@ def _refuse_shared_with_test(rows: dict[str, list[_Row]]) -> None:
         if row.video_id in test:
             other = test[row.video_id]
             raise FormatError(
-                f"{row.file}, line {row.line}: the id {row.video_id!r} is also a test clip ({other.file.name}, "
-                f"line {other.line}); take it out of one of them"
+                f"{row.file}, line {row.line}: the id {row.video_id!r} is also a test clip "
+                f"({other.file.name}, line {other.line}); take it out of one of them"
             )
 
 
 def _videos_folder(source: Path) -> Path:
     for folder in (source / name for name in VIDEO_FOLDERS):
-        if folder.is_dir() and any(entry.name.lower().endswith(VIDEO_SUFFIXES) for entry in os.scandir(folder)):
+        if folder.is_dir() and any(
+            entry.name.lower().endswith(VIDEO_SUFFIXES) for entry in os.scandir(folder)
+        ):
             return folder
     raise FileNotFoundError(
         f"{source}: no videos; expected files named {{video_id}}.mp4, .webm or .avi in one of "

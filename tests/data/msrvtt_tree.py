@@ -10,7 +10,7 @@ import numpy as np
 
 
 def gradient(t: float, width: int, height: int, hue: int = 0) -> np.ndarray:
-    """uint8 [height, width, 3]: red falls along x and moves by 20 levels a second, green along y; blue = hue."""
+    """uint8 [height, width, 3]: red grows with x and by 20 levels a second, green with y; blue is the hue."""
     x = np.linspace(0, 100, width)[None, :] + 20 * t
     y = np.linspace(0, 150, height)[:, None]
     image = np.stack(np.broadcast_arrays(x, y, np.full((1, 1), hue % 200 + 20)), axis=-1)
@@ -38,6 +38,7 @@ def write_video(
         stream = container.add_stream(codec, rate=fps, options=options or {})
         stream.width, stream.height = width, height
         stream.pix_fmt = pix_fmt or "yuv420p"
+        stream.bit_rate = 2_000_000
         stream.time_base = stream.codec_context.time_base = Fraction(1, 1000 if codec != "mpeg4" else fps)
         for time in times:
             frame = av.VideoFrame.from_ndarray(gradient(time, width, height, hue), format="rgb24")
@@ -62,7 +63,11 @@ def write_audio(path: Path, seconds: float = 1.0) -> Path:
 
 
 def captions_of(k: int) -> list[str]:
-    return [f"a gradient number {k} moves right", f"the {k}th gradient; it moves, slowly", f"colours of clip {k}"]
+    return [
+        f"a gradient number {k} moves right",
+        f"the {k}th gradient; it moves, slowly",
+        f"colours of clip {k}",
+    ]
 
 
 def write_tree(
@@ -81,7 +86,9 @@ def write_tree(
     ids = [f"video{k}" for k in range(train + validation + test)]
     for k, video_id in enumerate(ids):
         suffix = (".mp4", ".webm", ".avi")[k % 3]
-        write_video(videos / (video_id + suffix), seconds=3 + k % 6, hue=20 * k, width=size[0], height=size[1])
+        write_video(
+            videos / (video_id + suffix), seconds=3 + k % 6, hue=20 * k, width=size[0], height=size[1]
+        )
     data = {
         "videos": [{"video_id": i, "url": f"https://example.org/{i}"} for i in ids],
         "sentences": [

@@ -1,0 +1,226 @@
+"""Writes what a run came to: report.md, report.html (one file, nothing outside it), text for the terminal."""
+
+import dataclasses
+import importlib.resources
+import json
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from clipdistill_jax.experiment import Config, plain
+from clipdistill_jax.report import figures, table
+from clipdistill_jax.report.figures import Picture
+from clipdistill_jax.report.gallery import FramesOf, Query, gallery, prepared_frames
+from clipdistill_jax.report.scores import Scores, read_scores
+
+Results = Mapping[str, Mapping[str, Any]]
+_TASK, _TOTAL, _RECALL = "train/task_loss", "train/loss", "validation/t2v_R@1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """A figure with its heading."""
+
+    heading: str
+    picture: Picture
+
+
+def write_report(config: Config, workdir: Path, results: Results, frames_of: FramesOf | None = None) -> str:
+    """Writes workdir/report.md and workdir/report.html.
+
+    Args:
+      config: the run's; a stage may have a `title`.
+      workdir: the run's folder. Of workdir/STAGE it reads metrics.jsonl, scores.npz and launches.jsonl; what
+        they would show is left out where they are missing.
+      results: stage -> its result, as `run.run_stage` gives them, in the order to show.
+      frames_of: test clip -> uint8 [frames, height, width, 3], for the gallery; None reads the prepared data.
+
+    Returns:
+      A table of at most 100 columns, what distillation changed, and where the page is.
+    """
+    settings = plain(config)
+    stages = settings["stages"]
+    launches = {name: _lines(workdir / name / "launches.jsonl") for name in results}
+    rows = table.columns(stages, results, {name: len(starts) for name, starts in launches.items()})
+    gains = table.gain_lines(stages, results)
+    scores = {name: found for name in results if (found := read_scores(workdir / name / "scores.npz"))}
+    if frames_of is None:
+        frames_of = _prepared(settings, workdir)
+    page = _environment().from_string(_template()).render(
+        name=workdir.name or workdir.resolve().name,
+        columns=rows,
+        gains=gains,
+        resumed=any(len(starts) > 1 for starts in launches.values()),
+        queries=max((len(s.captions) for s in scores.values()), default=0),
+        clips=max((len(s.video_ids) for s in scores.values()), default=0),
+        error=_standard_error(results, scores),
+        accuracy=_accuracy(stages, results),
+        losses=_losses(stages, {name: _lines(workdir / name / "metrics.jsonl") for name in results}),
+        pairs=_pairs(stages, results, scores),
+        gallery=_gallery(stages, results, scores, frames_of),
+        runs=_runs(stages, results, launches),
+        machine=_machine(launches),
+        config=json.dumps(settings, indent=2, default=str),
+    )
+    (workdir / "report.html").write_text(page, encoding="utf-8")
+    (workdir / "report.md").write_text(_markdown(rows, gains), encoding="utf-8")
+    told = [textwrap.fill(line, table.PLAIN_WIDTH, break_on_hyphens=False) for line in gains]
+    return "\n\n".join([table.plain_table(rows), *told, f"The report: {workdir / 'report.html'}"])
+
+
+def _markdown(rows: Sequence[table.Column], gains: Sequence[str]) -> str:
+    notes = (
+        "t2v: text to video, v2t: video to text; recalls in percent on the test split, MdR the median rank. "
+        "GFLOPs of the forward pass of one clip, a multiply-add counted as two. Motion pairs: 50 is chance."
+    )
+    return "\n\n".join([table.markdown(rows), *map(table.escape, gains), notes]) + "\n"
+
+
+def _template() -> str:
+    return importlib.resources.files(__package__).joinpath("template.html").read_text(encoding="utf-8")
+
+
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a jsonl file; a line cut short is passed over, a missing file is empty."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            found.append(value)
+    return found
+
+
+def _standard_error(results: Results, scores: Mapping[str, Scores]) -> str:
+    """Standard error over queries, in points, of the recall where it is largest; "" where none is known."""
+    counts = [len(s.captions) for s in scores.values()]
+    if not counts:
+        return ""
+    shares = [results[name]["test"][key] / 100 for name in scores for key in ("t2v_R@1", "t2v_R@10")]
+    error = 100 * math.sqrt(max(p * (1 - p) for p in shares) / min(counts))
+    return f"{error:.1f}" if error >= 0.05 else ""
+
+
+def _accuracy(stages: Mapping[str, Any], results: Results) -> list[Panel]:
+    order = list(results)
+    arrows = [(order.index(c.alone), order.index(c.distilled)) for c in table.comparisons(stages, results)]
+    panels = []
+    for metric in ("R@1", "R@10"):
+        points = [
+            figures.Point(table.title(stages, name), i, r["sizes"]["flops_clip"], r["test"][f"t2v_{metric}"])
+            for i, (name, r) in enumerate(results.items())
+        ]
+        heading = f"Text to video {metric}"
+        panels.append(Panel(heading, figures.accuracy_flops(points, arrows, heading)))
+    return panels
+
+
+def _losses(stages: Mapping[str, Any], metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Panel]:
+    """The task loss of each model (its stages together), each term, the sum, the validation recall."""
+
+    def lines(key: str, names: Sequence[str]) -> list[figures.Line]:
+        made = []
+        for i, name in enumerate(metrics):
+            points = [(line["step"], line[key]) for line in metrics[name] if line.get(key) is not None]
+            if points and name in names:
+                x, y = zip(*points, strict=True)
+                made.append(figures.Line(table.title(stages, name), i, x, y))
+        return made
+
+    wanted: list[tuple[str, str, str, Sequence[str]]] = []
+    for model in dict.fromkeys(stages[name]["model"] for name in metrics if name in stages):
+        names = [name for name in metrics if stages.get(name, {}).get("model") == model]
+        wanted.append((f"Task loss, {model} model", "task loss, nats", _TASK, names))
+    keys = dict.fromkeys(key for log in metrics.values() for line in log for key in line)
+    for key in keys:
+        if key.startswith("train/") and key.endswith("_loss") and key != _TASK:
+            term = key.removeprefix("train/").removesuffix("_loss")
+            wanted.append((f"Term: {term}", f"{term} loss, unweighted", key, list(metrics)))
+    taught = [name for name in metrics if stages.get(name, {}).get("teacher")]
+    wanted.append(("Sum: task loss and weighted terms", "loss that is minimised", _TOTAL, taught))
+    wanted.append(("Validation while training", "text to video R@1, %", _RECALL, list(metrics)))
+    drawn = ((heading, ylabel, lines(key, names)) for heading, ylabel, key, names in wanted)
+    return [
+        Panel(heading, figures.curves(found, ylabel, f"{heading}: {', '.join(line.label for line in found)}"))
+        for heading, ylabel, found in drawn
+        if found
+    ]
+
+
+def _pairs(stages: Mapping[str, Any], results: Results, scores: Mapping[str, Scores]) -> list[Panel]:
+    paired = {_label(stages, results, name): found for name, found in scores.items() if len(found.pairs)}
+    if not paired:
+        return []
+    index = {_label(stages, results, name): i for i, name in enumerate(results)}
+    return [
+        Panel("Right choices, by what differs", figures.pair_bars(paired, index)),
+        Panel("Which of the two clips is preferred", figures.pair_confusion(paired)),
+    ]
+
+
+def _label(stages: Mapping[str, Any], results: Results, name: str) -> str:
+    """The title, with the name where another stage has the same title."""
+    title = table.title(stages, name)
+    same = sum(table.title(stages, other) == title for other in results) > 1
+    return f"{title} ({name})" if same else title
+
+
+def _gallery(
+    stages: Mapping[str, Any], results: Results, scores: Mapping[str, Scores], frames_of: FramesOf | None
+) -> list[Query]:
+    """Teacher, student alone and distilled student of the first comparison; else the last three stages."""
+    compared = table.comparisons(stages, results)
+    trio = tuple(results)[-3:]
+    if compared:
+        trio = (compared[0].teacher, compared[0].alone, compared[0].distilled)
+    shown = {_label(stages, results, name): scores[name] for name in trio if name in scores}
+    same = len({(tuple(s.video_ids), tuple(s.captions)) for s in shown.values()}) == 1
+    return gallery(shown, frames_of) if frames_of is not None and same else []
+
+
+def _prepared(settings: Mapping[str, Any], workdir: Path) -> FramesOf | None:
+    folder = Path(settings["data"]["prepared"] or workdir / "prepared").expanduser()
+    return prepared_frames(folder) if (folder / "manifest.json").exists() else None
+
+
+def _runs(
+    stages: Mapping[str, Any], results: Results, launches: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> list[dict[str, str]]:
+    return [
+        {
+            "title": table.title(stages, name),
+            "steps": str(stages.get(name, {}).get("steps", table.NONE)),
+            "batch": str(stages.get(name, {}).get("batch_size", table.NONE)),
+            "selected": str(result["step"]),
+            "started": launches[name][-1]["time"] if launches[name] else table.NONE,
+            "starts": str(len(launches[name]) or table.NONE),
+            "fingerprint": str(result["fingerprint"])[:16],
+        }
+        for name, result in results.items()
+    ]
+
+
+def _machine(launches: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[str]]:
+    """What the last starts of the stages say of device, versions and command; equal ones once."""
+    last = [starts[-1] for starts in launches.values() if starts]
+    devices = [
+        f"{d['count']} x {d['kind']} on {d['hosts']} host{'s' * (d['hosts'] > 1)}, {start['platform']}"
+        for start in last
+        for d in [start["devices"]]
+    ]
+    packages = [{"python": start["python"], **start["packages"]} for start in last]
+    versions = [", ".join(f"{name} {version}" for name, version in found.items()) for found in packages]
+    found = {"Device": devices, "Versions": versions, "Command": [start["command"] for start in last]}
+    return {name: list(dict.fromkeys(values)) for name, values in found.items() if values}
