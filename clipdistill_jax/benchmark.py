@@ -77,7 +77,7 @@ def step_rows(report: Mapping[str, Any]) -> list[Row]:
         rows.append(("model FLOP utilisation", f"n/a: no peak is known for {report['device']['kind']}"))
     else:
         peak = commands.amount(report["peak_flops_per_device"], "FLOP/s")
-        said = told(report["model_flop_utilisation"], "%", 100)
+        said = told(report["model_flop_utilisation"], "%", 100.0)
         rows.append(("model FLOP utilisation", f"{said} of {peak} (bfloat16) a device"))
     rows.append(("peak memory", f"{commands.amount(memory['bytes'], 'B')} of {memory['of']}"))
     if report["plain_ms_per_step"] is not None:
@@ -95,7 +95,7 @@ def input_rows(report: Mapping[str, Any]) -> list[Row]:
     ]
     if "data_wait" in report:
         rows.append(("training", told(report["training_clips_per_sec"], "clips/s")))
-        rows.append(("of it waiting for data", told(report["data_wait"], "%", 100)))
+        rows.append(("of it waiting for data", told(report["data_wait"], "%", 100.0)))
     return rows
 
 

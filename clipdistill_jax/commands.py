@@ -113,7 +113,7 @@ def write_json(file: Path | None, value: Any) -> None:
         file.expanduser().write_text(json.dumps(value, indent=1) + "\n")
 
 
-def amount(value: float, unit: str) -> str:
+def amount(value: float | int, unit: str) -> str:
     """12345678.0, "FLOP" -> "12.35 MFLOP"; powers of 1000."""
     for prefix in ("", "k", "M", "G", "T", "P"):
         if abs(value) < 1000 or prefix == "P":

@@ -45,7 +45,10 @@ def open_dataset(config: Config, workdir: Path) -> "Dataset":
         train=data["train"],
         num_validation=data["num_validation"],
         video=VideoOptions(
-            fps=data["fps"], max_frames=data["max_frames"], size=data["stored_size"] or data["image_size"]
+            fps=data["fps"],
+            max_frames=data["max_frames"],
+            size=data["stored_size"] or data["image_size"],
+            store_square=data["store_square"],
         ),
         workers=data["workers"] or None,
         max_unreadable=data["max_unreadable"],

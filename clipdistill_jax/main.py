@@ -1,28 +1,33 @@
-"""Runs a config: python -m clipdistill_jax.main --config=configs/quickstart.py --workdir=runs/quickstart.
+"""Runs a config: every stage in order, then the report. What is done already is not done again."""
 
-Any field can be overridden: --config.student.width=0.75.
-"""
-
+import argparse
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from absl import app, flags
-from ml_collections import config_flags
-
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, with FILE:ARGUMENT where it takes one.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.")
-flags.mark_flags_as_required(["config", "workdir"])
 
 
-def main(argv: Sequence[str]) -> int:
-    """Runs every stage and writes the report. 143 after SIGTERM, 1 after an error of the user's."""
-    if len(argv) > 1:
-        print(f"error: unexpected argument {argv[1]!r}; flags start with --", file=sys.stderr)
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns 0, 2 for a mistake in it, 1 for another error of the user's, 143 after SIGTERM."""
+    parser = argparse.ArgumentParser(
+        prog="python -m clipdistill_jax.main",
+        description=__doc__,
+        epilog="Any field of the config can be overridden: --config.student.width=0.75",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="the config, FILE or FILE:ARGUMENT")
+    parser.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="the folder of the run")
+    args, overrides = parser.parse_known_args(argv)
+
+    from clipdistill_jax.commands import read_config
+
+    try:
+        config = read_config(args.config, overrides)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
-    # Imported here, so that a mistyped flag is told at once.
+
+    # Imported here, so that a mistyped field is told at once.
     import jax
 
     from clipdistill_jax.report.page import write_report
@@ -32,16 +37,15 @@ def main(argv: Sequence[str]) -> int:
 
     quiet_logging()
     init_distributed()
-    config, workdir = _CONFIG.value, Path(_WORKDIR.value).expanduser()
+    workdir = args.workdir.expanduser()
     try:
         results = run_stages(config, workdir)
         if jax.process_index() == 0:
             print(write_report(config, workdir, results))
     except Preempted as stopped:
-        print(f"stopped by a signal after a checkpoint ({stopped}); the same command goes on", file=sys.stderr)
+        print(f"stopped by a signal, after a checkpoint ({stopped}); the same command goes on", file=sys.stderr)
         return stopped.exit_code
     except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
-        logging.debug("", exc_info=True)
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -54,15 +58,5 @@ def quiet_logging() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def parse_flags(args: Sequence[str]) -> Any:
-    """absl's parser, with an unknown config field told in one line and not as a traceback."""
-    try:
-        return app.parse_flags_with_usage(args)
-    except (AttributeError, KeyError) as error:
-        said = str(error).replace("\\'", "'").strip("'\"")
-        print(f"error: the config has no such field: {said}", file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    sys.exit(main())

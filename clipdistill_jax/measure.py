@@ -51,7 +51,8 @@ class Training:
         key = jax.random.key(config["seed"])
         self.state = states.create(stage.init, stage.optimizer, mesh, key, **stage.placement)
         if (teacher := stage.teacher) is not None:
-            batch, placed = example_batch(config, stage.name), states.shardings_of(stage.frozen)
+            batch = example_batch(config, stage.name)
+            placed = jax.tree.map(lambda x: x.sharding, stage.frozen)
             with jax.set_mesh(mesh):
                 init = jax.jit(lambda key: teacher.init(key, batch, method="complete"), out_shardings=placed)
                 self._frozen = init(key)

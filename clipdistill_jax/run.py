@@ -106,7 +106,7 @@ def run_stage(
         variables = stage_variables(workdir / settings["teacher"])
         identity = {"teacher": fingerprint(variables)}
         states.check_same(variables, stage.frozen)
-        frozen = sharding.place_tree(variables, states.shardings_of(stage.frozen))
+        frozen = sharding.place_tree(variables, jax.tree.map(lambda x: x.sharding, stage.frozen))
     evaluator = RetrievalEvaluator(stage.module, mesh)
 
     def evaluate(state: states.TrainState, step: int) -> dict[str, float]:

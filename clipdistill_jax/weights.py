@@ -59,7 +59,10 @@ def read_source(source: str, workdir: Path) -> Tree:
         if kind == "clip":
             return {"params": hf_clip.load(source)[2]}
         if kind == "mobilevitv2":
-            return _vision(mobilevit.from_huggingface(files.read_weights(folder), str(folder)))
+            file = folder / "preprocessor_config.json"
+            pixels = json.loads(file.read_text()) if file.is_file() else {}
+            bgr = pixels.get("do_flip_channel_order", True)
+            return _vision(mobilevit.from_huggingface(files.read_weights(folder), str(folder), bgr=bgr))
         raise ValueError(f"{folder}/config.json: model_type is {kind!r}; it can be 'clip' or 'mobilevitv2'")
     weights = files.read_weights(path)
     if "clip.visual.conv1.weight" in weights:
@@ -89,7 +92,8 @@ def read_initial(init: Mapping[str, str], params: Tree, state: Tree, workdir: Pa
       state: its batch statistics, host arrays.
       workdir: folder of the run.
 
-    A ViT's position table is interpolated to the model's grid.
+    A ViT's position table is interpolated to the model's grid. A MobileViTv2 of others has no projection to
+    the joint space: the model's own stays.
     """
     unknown = sorted(set(init) - set(PARTS))
     if unknown:
@@ -112,6 +116,8 @@ def read_initial(init: Mapping[str, str], params: Tree, state: Tree, workdir: Pa
             raise ValueError("init.temporal is 'text', but this temporal head has no parameters")
         given["temporal"] = init_from_text(given.get("text", params["text"]), params["temporal"])
     made = {part: given.get(part, value) for part, value in params.items()}
+    if "embedding" in params["vision"]:
+        made["vision"] = {"embedding": params["vision"]["embedding"], **made["vision"]}
     if "position_embedding" in made["vision"]:
         made["vision"] = _fit_positions(made["vision"], params["vision"])
     if stats:

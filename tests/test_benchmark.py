@@ -1,6 +1,7 @@
 """The benchmark: its arithmetic by hand, and that every command gives its numbers."""
 
 import json
+import time
 from pathlib import Path
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from clipdistill_jax import benchmark, commands, measure
+from clipdistill_jax.dataset import Dataset
 from clipdistill_jax.devices import peak_flops
 from clipdistill_jax.experiment import build_stage, plain
 from clipdistill_jax.train import sharding
@@ -129,17 +131,14 @@ def test_eval(capsys, tmp_path):
     assert all(ordered(report[key]) for key in ("clips_per_sec", "captions_per_sec", "ms_per_query_matrix"))
 
 
-class Paced:
+class Paced(Dataset):
     """A dataset whose batches take a set time to come."""
 
-    vocab_size = 600
-
     def __init__(self, config, seconds):
+        self.vocab_size = 600
         self._batch, self._seconds = measure.random_batch(config, "alone", 8, 600), seconds
 
     def train_batches(self, stage, start, seed, mesh):
-        import time
-
         while True:
             time.sleep(self._seconds)
             yield dict(self._batch)

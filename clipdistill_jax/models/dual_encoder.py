@@ -1,6 +1,7 @@
 """Two towers and a temporal head: CLIP, CLIP4Clip and every retrieval student are this one module."""
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,7 +16,7 @@ MAX_LOG_SCALE = float(np.log(100.0))
 
 
 @jax.custom_vjp
-def clamp_from_above(x: Float[Array, ""], limit: float) -> Float[Array, ""]:
+def clamp_from_above(x: Float[Array, ""], limit: Any) -> Float[Array, ""]:
     """min(x, limit), whose gradient can still lead x down again from above the limit.
 
     CLIP4Clip clamps the parameter itself after each step (main_task_retrieval.py:286); this has the same

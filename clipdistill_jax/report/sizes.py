@@ -19,8 +19,9 @@ def flops(fn: Any, *args: Any) -> float:
 
     Custom calls (a fused attention kernel, say) are not counted; the models here use none.
     """
-    analysis = jax.jit(fn).lower(*args).cost_analysis()
-    return float(analysis["flops"])  # type: ignore[index]
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):  # not every backend can count
+        analysis: Any = jax.jit(fn).lower(*args).cost_analysis()
+    return float(analysis["flops"])
 
 
 def model_sizes(module: DualEncoder, config: Config, stage: str) -> dict[str, Any]:

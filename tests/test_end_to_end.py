@@ -1,0 +1,171 @@
+"""The quickstart's own config, shrunk: from rendered mp4 files to the report, through the command line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from clipdistill_jax.dataset import open_dataset
+from clipdistill_jax.evaluate.evaluator import RetrievalEvaluator
+from clipdistill_jax.experiment import build_stage, plain
+from clipdistill_jax.report.page import write_report
+from clipdistill_jax.run import run_stages, stage_order
+from clipdistill_jax.train import sharding
+from clipdistill_jax.train.checkpoint import CheckpointError
+from clipdistill_jax.weights import stage_variables
+from tests.tiny import ROOT, load_config, shrink
+
+STAGES = ["clip", "teacher", "alone", "distilled"]
+
+
+@pytest.fixture(scope="module")
+def config():
+    return shrink(load_config())
+
+
+@pytest.fixture(scope="module")
+def run(config, tmp_path_factory):
+    """A finished run: (workdir, results)."""
+    workdir = tmp_path_factory.mktemp("run")
+    return workdir, run_stages(plain(config), workdir)
+
+
+@pytest.mark.slow
+def test_every_stage_leaves_its_results(run):
+    workdir, results = run
+    assert list(results) == STAGES
+    for name, result in results.items():
+        folder = workdir / name
+        steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert steps == [1, 2, 3]
+        assert 0 <= result["test"]["t2v_R@1"] <= 100 and result["test"]["motion_pairs"] >= 0
+        assert np.load(folder / "scores.npz")["scores"].shape == (12, 12)
+        assert json.loads((folder / "result.json").read_text()) == result
+    last = json.loads((workdir / "distilled" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {"train/temporal_loss", "train/spatial_loss", "train/global_loss", "train/task_loss"} <= set(last)
+
+
+@pytest.mark.slow
+def test_alone_and_distilled_start_alike_and_see_the_same_batches(config, run):
+    workdir, _ = run
+    first = [
+        json.loads((workdir / name / "metrics.jsonl").read_text().splitlines()[0]) for name in STAGES[2:]
+    ]
+    assert first[0]["train/task_loss"] == pytest.approx(first[1]["train/task_loss"], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_the_distilled_checkpoint_holds_no_teacher(run):
+    workdir, _ = run
+    manifest = json.loads(next((workdir / "distilled" / "checkpoints").glob("*/*anifest*.json")).read_text())
+    names = list(manifest["arrays"])
+    assert any(name.startswith("params/student/vision") for name in names)
+    assert not any("patch_embedding" in name for name in names)  # only the teacher has one
+    assert manifest["identity"]["teacher"]
+
+
+@pytest.mark.slow
+def test_a_second_run_does_nothing_and_says_the_same(config, run, monkeypatch):
+    workdir, results = run
+    monkeypatch.setattr("clipdistill_jax.run.run_stage", lambda *args: pytest.fail("ran again"))
+    assert run_stages(plain(config), workdir) == results
+
+
+@pytest.mark.slow
+def test_another_teacher_is_refused(config, run, tmp_path):
+    workdir, _ = run
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", str(workdir), str(copy)], check=True)
+    other = stage_variables(copy / "teacher", None)
+    assert "params" in other
+    changed = plain(config)
+    changed["stages"]["teacher"]["steps"] = 4  # trains on from step 3: other weights, another fingerprint
+    with pytest.raises(CheckpointError, match="teacher"):
+        run_stages(changed, copy)
+
+
+@pytest.mark.slow
+def test_evaluation_batch_size_does_not_change_the_numbers(config, run):
+    workdir, results = run
+    changed = plain(config)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    dataset = open_dataset(changed, workdir)
+    for size in (5, 12):
+        changed["stages"]["alone"]["eval_batch_size"] = size
+        stage = build_stage(changed, "alone", mesh, dataset.vocab_size)
+        metrics, _ = RetrievalEvaluator(stage.module, mesh)(
+            stage_variables(workdir / "alone"), dataset.split("test", stage, mesh)
+        )
+        assert metrics == pytest.approx(results["alone"]["test"], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_the_report_shows_the_results(config, run):
+    workdir, results = run
+    said = write_report(plain(config), workdir, results)
+    assert "report.html" in said
+    assert "student distilled" in (workdir / "report.md").read_text()
+
+
+def command(*args: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "clipdistill_jax.main", *args],
+        cwd=ROOT, text=True, capture_output=True, timeout=300, env={**os.environ, **env},
+    )
+
+
+def test_a_wrong_field_fails_with_the_nearest_right_one(tmp_path):
+    done = command("--config=configs/quickstart.py", f"--workdir={tmp_path}", "--config.student.widht=0.75")
+    assert done.returncode == 2
+    assert "widht" in done.stderr and "width" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_missing_config_is_named(tmp_path):
+    done = command("--config=configs/nothing.py", f"--workdir={tmp_path}")
+    assert done.returncode != 0
+    assert "configs/nothing.py" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_stages_run_after_those_they_need():
+    config = plain(load_config())
+    config["stages"] = dict(reversed(config["stages"].items()))
+    order = stage_order(config)
+    assert sorted(order) == sorted(STAGES)
+    assert order.index("clip") < order.index("teacher") < order.index("distilled")
+    config["stages"]["clip"]["init"]["model"] = "stage:teacher"
+    with pytest.raises(ValueError, match="wait for each other"):
+        stage_order(config)
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (lambda s: s["distilled"].update(teacher=""), "need a teacher"),
+        (lambda s: s["distilled"]["terms"].update(globe={"weight": 1.0}), "'globe' is not one of"),
+        (lambda s: s["distilled"].update(model="pupil"), "'teacher' or 'student'"),
+        (lambda s: s["alone"]["optimizer"].update(name="adma"), "adma"),
+    ],
+)
+def test_what_does_not_fit_together_is_told_when_the_stage_is_built(change, message):
+    config = plain(shrink(load_config()))
+    change(config["stages"])
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    name = "alone" if "adm" in message else "distilled"
+    with pytest.raises(ValueError, match=message):
+        build_stage(config, name, mesh, 520)
+
+
+def test_the_core_runs_without_tensorflow():
+    """Models, terms and a train step on in-memory batches import no TensorFlow."""
+    code = (
+        "import sys; sys.modules['tensorflow'] = None; sys.modules['tensorflow_datasets'] = None\n"
+        "import clipdistill_jax.models.build, clipdistill_jax.distill.objective, clipdistill_jax.train.loop\n"
+        "import clipdistill_jax.experiment, clipdistill_jax.evaluate.evaluator, clipdistill_jax.weights\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(ROOT), text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
