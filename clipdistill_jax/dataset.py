@@ -36,7 +36,9 @@ def open_dataset(config: Config, workdir: Path) -> "Dataset":
     source = Path(data["source"] or workdir / "world").expanduser()
     if not data["source"]:
         if not config["world"]:
-            raise ValueError("data.source is empty: set it to the folder of the dataset (--config.data.source=DIR)")
+            raise ValueError(
+                "data.source is empty: set it to the folder of the dataset (--config.data.source=DIR)"
+            )
         write_msrvtt(source, from_mapping(WorldConfig, plain(config["world"])))
     prepared = Path(data["prepared"] or workdir / "prepared").expanduser()
     prepare_msrvtt(
@@ -107,7 +109,11 @@ class Dataset:
     def split(self, name: str, stage: Stage, mesh: Mesh) -> Split:
         """A split as the evaluator wants it."""
         index, count = process_parts(mesh)
-        parts = {"batch_size": stage.config["eval_batch_size"], "process_index": index, "process_count": count}
+        parts = {
+            "batch_size": stage.config["eval_batch_size"],
+            "process_index": index,
+            "process_count": count,
+        }
         return Split(
             clips=partial(
                 self._data.eval_clips,

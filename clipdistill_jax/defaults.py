@@ -24,7 +24,7 @@ def data(**fields: Any) -> ConfigDict:
             image_size=224,  # side of the frames fed
             num_frames=12,  # frames fed of a clip
             max_tokens=32,  # with begin and end of text
-            tokenizer="",  # a Hugging Face directory or hub id; "train:N": a BPE of N entries from the captions
+            tokenizer="",  # a Hugging Face directory or hub id; "train:N": N entries, learned from captions
         ),
         fields,
     )
@@ -61,7 +61,7 @@ def stage(**fields: Any) -> ConfigDict:
             ),
             ema_decay=0.0,  # 0: no average is kept
             nan_policy="raise",  # or "skip" the step
-            select="validation/t2v_R@1",  # the metric whose best checkpoint is the stage's result; "": the last
+            select="validation/t2v_R@1",  # whose best checkpoint is the stage's result; "": the last
             eval_every=0,  # steps; 0: at the end
             log_every=50,
             save_every=500,  # steps; 0: at the end, and at SIGTERM
@@ -78,7 +78,9 @@ def _with(what: str, known: dict[str, Any], fields: dict[str, Any]) -> ConfigDic
     for name, value in fields.items():
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            raise ValueError(f"a {what} has no field {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            raise ValueError(
+                f"a {what} has no field {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+            )
         inner = known[name]
         # What a stage says of its optimizer or init is said on top of the defaults.
         known[name] = {**inner, **value} if isinstance(inner, dict) and name != "terms" else value

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns 0, 2 for a mistake in it, 1 for another error of the user's, 143 after SIGTERM."""
+    """Returns 0; 2 for a mistake in the command, 1 for another error of the user's, 143 after SIGTERM."""
     parser = argparse.ArgumentParser(
         prog="python -m clipdistill_jax.main",
         description=__doc__,
@@ -43,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if jax.process_index() == 0:
             print(write_report(config, workdir, results))
     except Preempted as stopped:
-        print(f"stopped by a signal, after a checkpoint ({stopped}); the same command goes on", file=sys.stderr)
+        print(
+            f"stopped by a signal, after a checkpoint ({stopped}); the same command goes on", file=sys.stderr
+        )
         return stopped.exit_code
     except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -101,7 +101,8 @@ def run_stage(
 ) -> dict[str, Any]:
     """Trains a stage, evaluates the selected checkpoint on the test split and writes its result."""
     folder, settings = run_folder(workdir / stage.name, plain(config)), stage.config
-    frozen, identity = None, {"teacher": None}
+    frozen: Any = None
+    identity: dict[str, str | None] = {"teacher": None}
     if stage.teacher is not None:
         variables = stage_variables(workdir / settings["teacher"])
         identity = {"teacher": fingerprint(variables)}
@@ -156,7 +157,8 @@ def run_stage(
         "sizes": model_sizes(stage.module, config, stage.name),
     }
     if jax.process_index() == 0:
-        np.savez_compressed(folder / "scores.npz", scores=scores, **dataset.describe("test"))
+        arrays: dict[str, Any] = {"scores": scores, **dataset.describe("test")}
+        np.savez_compressed(folder / "scores.npz", **arrays)
         (folder / RESULT).write_text(json.dumps(result, indent=1))
     return result
 

@@ -72,8 +72,8 @@ def read_source(source: str, workdir: Path) -> Tree:
     if "stem.conv.weight" in weights:
         return _vision(mobilevit.from_timm(weights, source))
     raise ValueError(
-        f"{source}: neither CLIP (OpenAI), CLIP4Clip nor MobileViTv2 (timm); it has {', '.join(list(weights)[:3])} "
-        "... For Hugging Face models give the directory"
+        f"{source}: neither CLIP (OpenAI), CLIP4Clip nor MobileViTv2 (timm); it has "
+        f"{', '.join(list(weights)[:3])} ... For Hugging Face models give the directory"
     )
 
 
@@ -87,7 +87,7 @@ def read_initial(init: Mapping[str, str], params: Tree, state: Tree, workdir: Pa
     Args:
       init: `model`, `text`, `vision`, `temporal`: sources as in `read_source`; "" leaves a part as it is.
         `model` is every part that the source has, the others that part alone. `temporal` may also be "text":
-        the head's blocks and positions start as those of the text tower, CLIP4Clip's way (modules/modeling.py:105).
+        the head's blocks and positions start as those of the text tower (CLIP4Clip modules/modeling.py:105).
       params: of the model as initialised, host arrays.
       state: its batch statistics, host arrays.
       workdir: folder of the run.
@@ -98,7 +98,7 @@ def read_initial(init: Mapping[str, str], params: Tree, state: Tree, workdir: Pa
     unknown = sorted(set(init) - set(PARTS))
     if unknown:
         raise ValueError(f"init has no {unknown[0]!r}; it can have {', '.join(PARTS)}")
-    given: Tree = {}
+    given: dict[str, Any] = {}
     stats: Tree = {}
     for key in PARTS:
         if not init.get(key) or (key, init[key]) == ("temporal", "text"):
@@ -114,8 +114,9 @@ def read_initial(init: Mapping[str, str], params: Tree, state: Tree, workdir: Pa
     if init.get("temporal") == "text":
         if "temporal" not in params:
             raise ValueError("init.temporal is 'text', but this temporal head has no parameters")
-        given["temporal"] = init_from_text(given.get("text", params["text"]), params["temporal"])
-    made = {part: given.get(part, value) for part, value in params.items()}
+        text = given["text"] if "text" in given else params["text"]
+        given["temporal"] = init_from_text(text, params["temporal"])
+    made: Tree = {part: given.get(part, value) for part, value in params.items()}
     if "embedding" in params["vision"]:
         made["vision"] = {"embedding": params["vision"]["embedding"], **made["vision"]}
     if "position_embedding" in made["vision"]:

@@ -25,7 +25,13 @@ def get_config() -> ConfigDict:
         kind="clip", preset="ViT-B/32", text=text, temporal=temporal, dtype="bfloat16", remat=False
     )
     config.student = dict(
-        kind="mobilevit", width=1.0, embed_dim=512, text=text, temporal=temporal, dtype="bfloat16", remat=False
+        kind="mobilevit",
+        width=1.0,
+        embed_dim=512,
+        text=text,
+        temporal=temporal,
+        dtype="bfloat16",
+        remat=False,
     )
     towers = r"student/(vision|text|logit_scale)"
     config.stages = ConfigDict(

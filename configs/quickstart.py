@@ -1,9 +1,9 @@
 """A small CLIP4Clip teacher and a smaller student, on the embedded world: about eight minutes on two cores.
 
-  clip       CLIP from scratch: single frames of many clips with their captions
-  teacher    CLIP4Clip: that CLIP, with a temporal transformer, on the same clips as videos
-  alone      the student, from scratch, on few clips
-  distilled  the same student, the same clips, batches and steps, with the teacher
+clip       CLIP from scratch: single frames of many clips with their captions
+teacher    CLIP4Clip: that CLIP, with a temporal transformer, on the same clips as videos
+alone      the student, from scratch, on few clips
+distilled  the same student, the same clips, batches and steps, with the teacher
 """
 
 from ml_collections import ConfigDict
@@ -30,7 +30,13 @@ def get_config() -> ConfigDict:
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
 
     text = dict(
-        kind="clip", context_length=32, width=WIDTH, layers=2, heads=4, mlp_width=4 * WIDTH, projection_dim=WIDTH
+        kind="clip",
+        context_length=32,
+        width=WIDTH,
+        layers=2,
+        heads=4,
+        mlp_width=4 * WIDTH,
+        projection_dim=WIDTH,
     )
     temporal = dict(kind="seqTransf", layers=1, heads=4, positions=32, position_std=0.5)
     config.teacher = dict(
@@ -72,7 +78,9 @@ def get_config() -> ConfigDict:
                 steps=400,
                 batch_size=128,
             ),
-            teacher=stage(title="teacher (CLIP4Clip)", model="teacher", init=dict(model="stage:clip"), steps=600),
+            teacher=stage(
+                title="teacher (CLIP4Clip)", model="teacher", init=dict(model="stage:clip"), steps=600
+            ),
             alone=stage(title="student alone", model="student", max_clips=600, steps=400),
             distilled=stage(
                 title="student distilled",

@@ -16,7 +16,9 @@ import pytest
 # Every shape annotation of the package is checked at run time in the tests.
 jaxtyping.install_import_hook("clipdistill_jax", "beartype.beartype")
 
-jax.config.update("jax_compilation_cache_dir", str(Path(tempfile.gettempdir()) / "clipdistill_jax_test_cache"))
+jax.config.update(
+    "jax_compilation_cache_dir", str(Path(tempfile.gettempdir()) / "clipdistill_jax_test_cache")
+)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 SAMPLES = Path(__file__).parents[2] / "shared" / "data"

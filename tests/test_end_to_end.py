@@ -115,7 +115,11 @@ def test_the_report_shows_the_results(config, run):
 def command(*args: str, **env: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "clipdistill_jax.main", *args],
-        cwd=ROOT, text=True, capture_output=True, timeout=300, env={**os.environ, **env},
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=300,
+        env={**os.environ, **env},
     )
 
 

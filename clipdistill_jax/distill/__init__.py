@@ -1,6 +1,6 @@
 """Distillation terms. A term compares two `Features` and returns one value an example.
 
-To add a term: a linen module with `needs` and `__call__(student, teacher, valid) -> [B]`, and a line in `TERMS`.
+To add one: a linen module with `needs` and `__call__(student, teacher, valid) -> [B]`, and a line in `TERMS`.
 """
 
 from clipdistill_jax.distill.naive import SpatialKD, TemporalKD

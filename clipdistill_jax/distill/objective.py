@@ -12,7 +12,8 @@ from jaxtyping import Array, Bool, Float
 from clipdistill_jax.models.features import Batch, Features
 
 Metrics = dict[str, tuple[Array, Array]]
-Forward = Callable[..., tuple[Features, Any]]
+Student = Callable[[Any, Any, Batch, Any], tuple[Features, Any]]
+Teach = Callable[[Any, Batch], Features]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,7 @@ def init_terms(
     terms: tuple[WeightedTerm, ...], key: Array, student: Features, teacher: Features
 ) -> dict[str, Any]:
     """Projections of every term that has some: {term name: params}."""
-    valid = jnp.ones(student.frame_mask.shape[0], bool)  # type: ignore[union-attr]
+    valid = jnp.ones(student.frame_mask.shape[0], bool)
     made = {
         item.name: item.term.init(jax.random.fold_in(key, i), student, teacher, valid).get("params")
         for i, item in enumerate(terms)
@@ -58,8 +59,8 @@ def init_terms(
 def distillation_loss(
     task: Callable[[Features, Batch], tuple[Float[Array, " b"], Bool[Array, " b"], Mapping[str, Array]]],
     terms: tuple[WeightedTerm, ...],
-    student: Forward,
-    teacher: Forward | None,
+    student: Student,
+    teacher: Teach | None,
 ):
     """The trainer's loss function.
 

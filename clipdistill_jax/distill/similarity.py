@@ -36,5 +36,7 @@ class GlobalAlignment(nn.Module):
     @nn.compact
     def __call__(self, student: Features, teacher: Features, valid: Bool[Array, " b"]) -> Float[Array, " b"]:
         ours, theirs = student.similarity, jax.lax.stop_gradient(teacher.similarity)
-        both = row_kl(ours, theirs, valid, self.temperature) + row_kl(ours.T, theirs.T, valid, self.temperature)
+        both = row_kl(ours, theirs, valid, self.temperature) + row_kl(
+            ours.T, theirs.T, valid, self.temperature
+        )
         return jnp.where(valid, both, 0.0)

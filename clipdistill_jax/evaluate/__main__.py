@@ -18,7 +18,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m clipdistill_jax.evaluate", description=__doc__)
     parser.add_argument("--stage", required=True, type=Path, help="folder of a stage, WORKDIR/STAGE")
     parser.add_argument("--split", default="test", help="train, validation or test")
-    parser.add_argument("--step", type=int, default=None, help="a checkpoint's step; the selected one by default")
+    parser.add_argument(
+        "--step", type=int, default=None, help="a checkpoint's step; the selected one by default"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
     try:

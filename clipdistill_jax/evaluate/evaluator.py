@@ -42,12 +42,12 @@ class RetrievalEvaluator:
         self._mesh = mesh
 
         def video(variables: Any, batch: dict[str, Any]) -> Features:
-            seen = module.apply(variables, batch["frames"], batch["frame_mask"], method="encode_video")
+            seen: Any = module.apply(variables, batch["frames"], batch["frame_mask"], method="encode_video")
             # Only what `similarity` reads comes back to the host; feature maps would fill it.
             return Features(frames=seen.frames, frame_mask=seen.frame_mask, video=seen.video)
 
         def text(variables: Any, batch: dict[str, Any]) -> Features:
-            said = module.apply(
+            said: Any = module.apply(
                 variables, batch["tokens"], batch["token_mask"], batch["word_ids"], method="encode_text"
             )
             return Features(text=said.text)

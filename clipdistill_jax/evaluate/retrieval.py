@@ -13,7 +13,9 @@ from clipdistill_jax.models.features import Features
 RECALLS = (1, 5, 10)
 
 
-def rank_metrics(scores: Float[np.ndarray, "q c"], target: Int[np.ndarray, " q"], prefix: str) -> dict[str, float]:
+def rank_metrics(
+    scores: Float[np.ndarray, "q c"], target: Int[np.ndarray, " q"], prefix: str
+) -> dict[str, float]:
     """Metrics of queries against candidates, in percent for the recalls.
 
     Candidates that tie with the right one are ordered at random, in expectation: R@K counts the chance that
@@ -37,11 +39,15 @@ def rank_metrics(scores: Float[np.ndarray, "q c"], target: Int[np.ndarray, " q"]
     above = (scores > right[:, None]).sum(1)
     ties = (scores == right[:, None]).sum(1) - 1
     rank = 1 + above + ties / 2
-    recalls = {f"{prefix}_R@{k}": float(100 * np.clip((k - above) / (ties + 1), 0, 1).mean()) for k in RECALLS}
+    recalls = {
+        f"{prefix}_R@{k}": float(100 * np.clip((k - above) / (ties + 1), 0, 1).mean()) for k in RECALLS
+    }
     return {**recalls, f"{prefix}_MdR": float(np.median(rank)), f"{prefix}_MnR": float(rank.mean())}
 
 
-def retrieval_metrics(scores: Float[np.ndarray, "t v"], clip_of_text: Int[np.ndarray, " t"]) -> dict[str, float]:
+def retrieval_metrics(
+    scores: Float[np.ndarray, "t v"], clip_of_text: Int[np.ndarray, " t"]
+) -> dict[str, float]:
     """Text-to-video and video-to-text metrics.
 
     Args:
@@ -122,7 +128,7 @@ def score_matrix(
       similarity: jitted; (text Features, video Features) -> [t, v].
       block: texts at a time; the last block is padded by repeating a row, so that one shape is compiled.
     """
-    total = len(text.text)  # type: ignore[arg-type]
+    total = len(text.text)
     block = min(block, total)
     rows = []
     for start in range(0, total, block):

@@ -70,7 +70,9 @@ def build_model(spec: Spec, *, vocab_size: int | None = None, temporal: str | No
     )
 
 
-def _make(what: str, table: Mapping[str, Any], spec: dict[str, Any], call: Callable[..., nn.Module]) -> nn.Module:
+def _make(
+    what: str, table: Mapping[str, Any], spec: dict[str, Any], call: Callable[..., nn.Module]
+) -> nn.Module:
     spec = {name: tuple(value) if isinstance(value, list) else value for name, value in spec.items()}
     kind = spec.pop("kind", None)
     if kind not in table:

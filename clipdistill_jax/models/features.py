@@ -6,11 +6,8 @@ import dataclasses
 from typing import Any
 
 import flax.struct
-import jax
-import numpy as np
 
-
-AnyArray = jax.Array | np.ndarray  # on the devices, or fetched to the host
+AnyArray = Any  # an array on the devices, on the host, or its shape alone
 Batch = dict[str, Any]
 
 NEVER = -1e9  # a logit that takes part in no softmax; finite, so that its gradient is 0 and not NaN
@@ -41,21 +38,21 @@ class Features:
       logit_scale: scalar; the factor on cosine similarities, already exponentiated.
     """
 
-    image: AnyArray | None = None
-    frames: AnyArray | None = None
-    frame_mask: AnyArray | None = None
-    temporal: AnyArray | None = None
-    video: AnyArray | None = None
-    text: AnyArray | None = None
-    tokens: AnyArray | None = None
-    token_mask: AnyArray | None = None
-    words: AnyArray | None = None
-    word_mask: AnyArray | None = None
-    layers: tuple[AnyArray, ...] | None = None
-    logits: AnyArray | None = None
-    similarity: AnyArray | None = None
-    attention: AnyArray | None = None
-    logit_scale: AnyArray | None = None
+    image: AnyArray = None
+    frames: AnyArray = None
+    frame_mask: AnyArray = None
+    temporal: AnyArray = None
+    video: AnyArray = None
+    text: AnyArray = None
+    tokens: AnyArray = None
+    token_mask: AnyArray = None
+    words: AnyArray = None
+    word_mask: AnyArray = None
+    layers: AnyArray = None
+    logits: AnyArray = None
+    similarity: AnyArray = None
+    attention: AnyArray = None
+    logit_scale: AnyArray = None
 
     def given(self) -> frozenset[str]:
         """Names of the fields that are not None."""

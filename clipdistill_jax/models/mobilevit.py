@@ -188,7 +188,7 @@ class MobileViTv2(nn.Module):
         stages = []
         for s, (features, stride) in enumerate(zip(channels, self.strides[1:], strict=True)):
             count = CONVOLUTION_BLOCKS[s] if s < len(CONVOLUTION_BLOCKS) else 1
-            blocks = [
+            blocks: list[nn.Module] = [
                 residual(features, stride if b == 0 else 1, **shared, name=f"stage{s}_block{b}")
                 for b in range(count)
             ]

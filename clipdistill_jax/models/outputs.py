@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.struct
-import jax
+
+AnyArray = Any  # an array on the devices, on the host, or its shape alone
 
 
 @flax.struct.dataclass
@@ -18,9 +21,9 @@ class VisionOutput:
         output. Empty for towers without tokens.
     """
 
-    embedding: jax.Array
-    layers: tuple[jax.Array, ...] = ()
-    hidden: tuple[jax.Array, ...] = ()
+    embedding: AnyArray
+    layers: tuple[AnyArray, ...] = ()
+    hidden: tuple[AnyArray, ...] = ()
 
 
 @flax.struct.dataclass
@@ -33,6 +36,6 @@ class TextOutput:
       hidden: [B, T, C] token states: the input of the first block, then every block's output.
     """
 
-    embedding: jax.Array
-    tokens: jax.Array
-    hidden: tuple[jax.Array, ...] = ()
+    embedding: AnyArray
+    tokens: AnyArray
+    hidden: tuple[AnyArray, ...] = ()

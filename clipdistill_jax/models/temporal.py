@@ -118,7 +118,10 @@ class SeqTransf(nn.Module):
         """Frame vectors [B, F, D] -> [B, F, D]; masked frames get a value too, and influence no other."""
         width = frames.shape[-1]
         table = self.param(
-            "position_embedding", nn.initializers.normal(self.position_std), (self.positions, width), jnp.float32
+            "position_embedding",
+            nn.initializers.normal(self.position_std),
+            (self.positions, width),
+            jnp.float32,
         )
         frames = frames.astype(self.dtype)
         x = frames + _positions(table, frames.shape[1], "frames a clip").astype(self.dtype)

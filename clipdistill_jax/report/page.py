@@ -50,21 +50,25 @@ def write_report(config: Config, workdir: Path, results: Results, frames_of: Fra
     scores = {name: found for name in results if (found := read_scores(workdir / name / "scores.npz"))}
     if frames_of is None:
         frames_of = _prepared(settings, workdir)
-    page = _environment().from_string(_template()).render(
-        name=workdir.name or workdir.resolve().name,
-        columns=rows,
-        gains=gains,
-        resumed=any(len(starts) > 1 for starts in launches.values()),
-        queries=max((len(s.captions) for s in scores.values()), default=0),
-        clips=max((len(s.video_ids) for s in scores.values()), default=0),
-        error=_standard_error(results, scores),
-        accuracy=_accuracy(stages, results),
-        losses=_losses(stages, {name: _lines(workdir / name / "metrics.jsonl") for name in results}),
-        pairs=_pairs(stages, results, scores),
-        gallery=_gallery(stages, results, scores, frames_of),
-        runs=_runs(stages, results, launches),
-        machine=_machine(launches),
-        config=json.dumps(settings, indent=2, default=str),
+    page = (
+        _environment()
+        .from_string(_template())
+        .render(
+            name=workdir.name or workdir.resolve().name,
+            columns=rows,
+            gains=gains,
+            resumed=any(len(starts) > 1 for starts in launches.values()),
+            queries=max((len(s.captions) for s in scores.values()), default=0),
+            clips=max((len(s.video_ids) for s in scores.values()), default=0),
+            error=_standard_error(results, scores),
+            accuracy=_accuracy(stages, results),
+            losses=_losses(stages, {name: _lines(workdir / name / "metrics.jsonl") for name in results}),
+            pairs=_pairs(stages, results, scores),
+            gallery=_gallery(stages, results, scores, frames_of),
+            runs=_runs(stages, results, launches),
+            machine=_machine(launches),
+            config=json.dumps(settings, indent=2, default=str),
+        )
     )
     (workdir / "report.html").write_text(page, encoding="utf-8")
     (workdir / "report.md").write_text(_markdown(rows, gains), encoding="utf-8")

@@ -33,10 +33,12 @@ def model_sizes(module: DualEncoder, config: Config, stage: str) -> dict[str, An
     variables = jax.eval_shape(lambda: module.init(jax.random.key(0), batch, method="complete"))
 
     def clip(variables: Any, frames: Any, frame_mask: Any) -> Any:
-        return module.apply(variables, frames, frame_mask, method="encode_video").video
+        seen: Any = module.apply(variables, frames, frame_mask, method="encode_video")
+        return seen.video
 
     def caption(variables: Any, tokens: Any, token_mask: Any, word_ids: Any) -> Any:
-        return module.apply(variables, tokens, token_mask, word_ids, method="encode_text").text
+        said: Any = module.apply(variables, tokens, token_mask, word_ids, method="encode_text")
+        return said.text
 
     return {
         "parameters": {part: count(tree) for part, tree in variables["params"].items()},

@@ -33,6 +33,6 @@ def retrieval_task(
 
     An example counts if `batch["mask"]` says so and its clip has a frame.
     """
-    valid = batch["mask"] & features.frame_mask.any(-1)  # type: ignore[union-attr]
+    valid = batch["mask"] & features.frame_mask.any(-1)
     loss = contrastive_loss(features.similarity, valid)
     return loss, valid, {"batch_accuracy": batch_accuracy(features.similarity, valid)}

@@ -65,7 +65,9 @@ def test_an_object_moves_where_its_caption_says():
     config = dataclasses.replace(CONFIG, noise=0.0, size=64)
     for word, axis, sign in (("left", 1, -1), ("right", 1, 1), ("up", 0, -1), ("down", 0, 1)):
         scene = Scene("v", (Thing("white", "square", (word,)),), seed=3)
-        frames = render(scene, [0.0, 1.0], config).astype(int).min(-1)  # white is the brightest of every channel
+        frames = (
+            render(scene, [0.0, 1.0], config).astype(int).min(-1)
+        )  # white is the brightest of every channel
         first, last = (np.argwhere(frame > 190)[:, axis].mean() for frame in frames)
         assert sign * (last - first) > 10
 

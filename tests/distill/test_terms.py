@@ -86,7 +86,7 @@ def test_global_alignment_is_kl_of_rows_both_ways(temperature):
 
 
 def test_global_alignment_by_hand():
-    # Teacher rows (ln 3, 0) -> (3/4, 1/4); student uniform: KL = 3/4 ln(3/2) + 1/4 ln(1/2). Columns: both even.
+    # Teacher rows (ln 3, 0) -> (3/4, 1/4), student uniform: KL = 3/4 ln(3/2) + 1/4 ln(1/2). Columns: even.
     teacher = features(1).replace(similarity=jnp.log(jnp.array([[3.0, 1.0], [3.0, 1.0]])))
     student = features(0).replace(similarity=jnp.zeros((2, 2)))
     expected = 0.75 * np.log(1.5) + 0.25 * np.log(0.5)
@@ -147,7 +147,9 @@ def test_the_sum_is_the_task_and_the_weighted_gated_terms():
 
 def test_terms_without_a_teacher_are_refused():
     with pytest.raises(ValueError, match="spatial need a teacher"):
-        distillation_loss(lambda *a: a, (WeightedTerm("spatial", SpatialKD(), lambda s: 1.0),), lambda *a: a, None)
+        distillation_loss(
+            lambda *a: a, (WeightedTerm("spatial", SpatialKD(), lambda s: 1.0),), lambda *a: a, None
+        )
 
 
 def test_a_field_that_a_model_lacks_is_named():

@@ -31,7 +31,11 @@ def test_similarity_is_the_scaled_cosine_of_text_and_pooled_frames():
     seen, _ = model.init_with_output(jax.random.key(0), batch, method="complete")
     for t in range(4):
         for v in range(4):
-            frames = [np.asarray(f) / np.linalg.norm(f) for f, m in zip(seen.temporal[v], seen.frame_mask[v], strict=True) if m]
+            frames = [
+                np.asarray(f) / np.linalg.norm(f)
+                for f, m in zip(seen.temporal[v], seen.frame_mask[v], strict=True)
+                if m
+            ]
             clip, text = np.mean(frames, 0), np.asarray(seen.text[t])
             cosine = clip @ text / np.linalg.norm(clip) / np.linalg.norm(text)
             np.testing.assert_allclose(seen.similarity[t, v], cosine / 0.07, rtol=1e-4, atol=1e-5)
@@ -42,7 +46,10 @@ def test_masked_frames_change_nothing(head):
     model = build_model(CONFIG["teacher"], vocab_size=520, temporal=head)
     batch = random_batch(4)
     variables = model.init(jax.random.key(0), batch, method="complete")
-    other = dict(batch, frames=np.where(batch["frame_mask"][..., None, None, None], batch["frames"], 255 - batch["frames"]))
+    other = dict(
+        batch,
+        frames=np.where(batch["frame_mask"][..., None, None, None], batch["frames"], 255 - batch["frames"]),
+    )
     a, b = (model.apply(variables, x, method="complete").similarity for x in (batch, other))
     np.testing.assert_allclose(a, b, atol=1e-5)
 
@@ -54,7 +61,13 @@ def test_mean_pooling_cannot_tell_the_order_of_frames_and_the_transformer_can():
     differences = {}
     for head in ("meanP", "seqTransf"):
         model = build_model(
-            {**CONFIG["teacher"], "temporal": {"kind": head, **({"positions": 8, "position_std": 0.5} if head != "meanP" else {})}},
+            {
+                **CONFIG["teacher"],
+                "temporal": {
+                    "kind": head,
+                    **({"positions": 8, "position_std": 0.5} if head != "meanP" else {}),
+                },
+            },
             vocab_size=520,
         )
         variables = model.init(jax.random.key(0), batch, method="complete")
@@ -94,7 +107,9 @@ def one_step(mesh, chunks=1, **placement):
     config["stages"]["distilled"].update(chunks=chunks, **placement)
     stage = build_stage(config, "distilled", mesh, 520)
     state = states.create(stage.init, stage.optimizer, mesh, jax.random.key(0), **stage.placement)
-    teacher = jax.jit(lambda key: stage.teacher.init(key, random_batch(2), method="complete"))(jax.random.key(7))
+    teacher = jax.jit(lambda key: stage.teacher.init(key, random_batch(2), method="complete"))(
+        jax.random.key(7)
+    )
     frozen = sharding.place_tree(jax.device_get(teacher), jax.tree.map(lambda x: x.sharding, stage.frozen))
     with jax.set_mesh(mesh):
         state, metrics = stage.step(state, frozen, sharding.place_batch(random_batch(), mesh))

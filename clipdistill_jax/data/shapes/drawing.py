@@ -9,6 +9,7 @@ import numpy as np
 
 from clipdistill_jax.data.shapes.world import COLOURS, STEPS, Scene, Thing, WorldConfig
 
+
 def _coverage(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Signed closeness of points to a unit shape: positive inside, about one radius wide."""
     if shape == "circle":
@@ -37,7 +38,10 @@ def _paths(thing: Thing, rng: np.random.Generator, time: np.ndarray):
     position = np.stack([np.interp(time, along, waypoints[:, i]) for i in range(2)], axis=1)
     scale = {"grow": np.interp(time, (0, 1), (0.5, 1.5)), "shrink": np.interp(time, (0, 1), (1.5, 0.5))}
     radius = rng.uniform(0.12, 0.19) * scale.get(thing.motion[0], np.ones_like(time))
-    first, last = COLOURS[thing.colour], COLOURS[thing.motion[1] if thing.motion[0] == "turn" else thing.colour]
+    first, last = (
+        COLOURS[thing.colour],
+        COLOURS[thing.motion[1] if thing.motion[0] == "turn" else thing.colour],
+    )
     colour = np.where(time[:, None] < 0.5, np.array(first, float), np.array(last, float))
     return position, radius, colour
 
@@ -48,7 +52,9 @@ def render(scene: Scene, times: Iterable[float], config: WorldConfig) -> np.ndar
     time = np.asarray(list(times), float)
     side = config.size
     grid = rng.uniform(30, 130, (4, 4, 3)) + rng.uniform(-20, 20, 3)
-    frames = np.repeat(np.kron(grid, np.ones((-(-side // 4), -(-side // 4), 1)))[None, :side, :side], len(time), 0)
+    frames = np.repeat(
+        np.kron(grid, np.ones((-(-side // 4), -(-side // 4), 1)))[None, :side, :side], len(time), 0
+    )
     jitter = rng.uniform(-0.015, 0.015, (len(time), 2))
     y, x = np.mgrid[0:side, 0:side] / side
     for thing in scene.things:
@@ -75,5 +81,7 @@ def write_clip(path: Path, frames: np.ndarray, fps: int) -> None:
         stream.pix_fmt = "yuv420p"
         stream.thread_count = 1
         for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+            container.mux(
+                stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24"))
+            )
         container.mux(stream.encode())

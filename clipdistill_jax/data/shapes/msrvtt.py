@@ -17,6 +17,7 @@ from clipdistill_jax.data.progress import progress_bar
 from clipdistill_jax.data.shapes.drawing import render, write_clip
 from clipdistill_jax.data.shapes.world import Scene, WorldConfig, captions, motion_kind, scenes
 
+
 def _write_clips(folder: Path, part: list[Scene], config: WorldConfig) -> int:
     count = config.seconds * config.fps + 1
     for scene in part:
@@ -66,12 +67,16 @@ def write_msrvtt(folder: str | Path, config: WorldConfig, workers: int | None = 
     sentences: dict[str, list[str]] = {}
     for split, members in world.items():
         for scene in members:
-            sentences[scene.video_id] = captions(scene, config.captions if split == "train" else 1, split == "train")
+            sentences[scene.video_id] = captions(
+                scene, config.captions if split == "train" else 1, split == "train"
+            )
     annotations = {
         "videos": [{"video_id": name, "url": ""} for name in sentences],
         "sentences": [
             {"video_id": name, "caption": said, "sen_id": i}
-            for i, (name, said) in enumerate((name, said) for name, many in sentences.items() for said in many)
+            for i, (name, said) in enumerate(
+                (name, said) for name, many in sentences.items() for said in many
+            )
         ],
     }
     (folder / "MSRVTT_data.json").write_text(json.dumps(annotations))

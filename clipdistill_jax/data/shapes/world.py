@@ -143,7 +143,9 @@ def scenes(config: WorldConfig) -> dict[str, list[Scene]]:
                 return [dataclasses.replace(s, video_id=f"video{next(numbers)}") for s in made]
 
     def split(pairs: int, total: int) -> list[Scene]:
-        drawn = [draw(True, True) for _ in range(pairs)] + [draw(False, True) for _ in range(total - 2 * pairs)]
+        drawn = [draw(True, True) for _ in range(pairs)] + [
+            draw(False, True) for _ in range(total - 2 * pairs)
+        ]
         return [scene for some in drawn for scene in some]
 
     test = split(config.twin_pairs, config.test)
