@@ -82,18 +82,31 @@ def _needs(stage: Config) -> list[str]:
     return [name for name in (*started, stage["teacher"]) if name]
 
 
-def _key(config: Config, name: str, results: Mapping[str, Any]) -> str:
-    """What a stage's result depends on: its config, its models', the data's, the stages before it."""
+# Fields that change how long a stage trains and what it writes, but not what a step does.
+_CADENCE = ("title", "steps", "eval_every", "log_every", "save_every", "save_minutes", "keep", "select")
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _recipe(config: Config, name: str) -> dict[str, Any]:
+    """What a step of a stage depends on, beside the stages before it."""
     stage = plain(config["stages"][name])
-    depends = {
-        "stage": stage,
+    return {
+        "stage": {field: value for field, value in stage.items() if field not in _CADENCE},
         "model": plain(config[stage["model"]]),
         "data": plain(config["data"]),
         "world": plain(config["world"]),
         "seed": config["seed"],
-        "before": {other: results[other]["key"] for other in _needs(stage)},
     }
-    return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _key(config: Config, name: str, results: Mapping[str, Any]) -> str:
+    """What a stage's result depends on: its recipe, its length, the stages before it."""
+    stage = stage_config(config, name)
+    before = {other: results[other]["key"] for other in _needs(stage)}
+    return _hash([_recipe(config, name), stage["steps"], stage["select"], before])
 
 
 def run_stage(
@@ -102,10 +115,10 @@ def run_stage(
     """Trains a stage, evaluates the selected checkpoint on the test split and writes its result."""
     folder, settings = run_folder(workdir / stage.name, plain(config)), stage.config
     frozen: Any = None
-    identity: dict[str, str | None] = {"teacher": None}
+    identity: dict[str, str | None] = {"recipe": _hash(_recipe(config, stage.name)), "teacher": None}
     if stage.teacher is not None:
         variables = stage_variables(workdir / settings["teacher"])
-        identity = {"teacher": fingerprint(variables)}
+        identity["teacher"] = fingerprint(variables)
         states.check_same(variables, stage.frozen)
         frozen = sharding.place_tree(variables, jax.tree.map(lambda x: x.sharding, stage.frozen))
     evaluator = RetrievalEvaluator(stage.module, mesh)

@@ -10,6 +10,7 @@ from clipdistill_jax.models.build import build_model
 from clipdistill_jax.weights import read_initial
 from tests.tiny import load_config, shrink
 
+PARTS = ("vision", "text", "logit_scale")
 CONFIG = plain(shrink(load_config()))
 
 
@@ -27,7 +28,8 @@ def equal(a, b):
 def clip_directory(tmp_path_factory):
     model, params, _ = variables("teacher", 1)
     folder = tmp_path_factory.mktemp("clip")
-    hf_clip.save(folder, (model.vision.config, model.text.config), params)
+    towers = {name: params[name] for name in PARTS}
+    hf_clip.save(folder, (model.vision.config, model.text.config), towers)
     return folder, params
 
 
@@ -46,9 +48,12 @@ def test_one_part_alone(clip_directory, tmp_path):
     assert equal(made["text"], saved["text"]) and equal(made["vision"], params["vision"])
 
 
-def test_a_temporal_head_can_start_from_the_text_tower(clip_directory, tmp_path):
-    folder, saved = clip_directory
-    _, params, _ = variables("teacher", 2)
+def test_a_temporal_head_can_start_from_the_text_tower(tmp_path):
+    wide = {**CONFIG["teacher"]["text"], "mlp_width": 64}  # a head's blocks are four times as wide inside
+    model, saved, _ = variables("teacher", 1, text=wide)
+    folder = tmp_path / "clip"
+    hf_clip.save(folder, (model.vision.config, model.text.config), {k: saved[k] for k in PARTS})
+    _, params, _ = variables("teacher", 2, text=wide)
     made, _ = read_initial({"model": str(folder), "temporal": "text"}, params, {}, tmp_path)
     assert equal(made["temporal"]["transformer"]["block_0"], saved["text"]["transformer"]["block_0"])
 

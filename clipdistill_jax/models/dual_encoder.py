@@ -7,11 +7,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from clipdistill_jax.models.features import Batch, Features
 from clipdistill_jax.models.temporal import TightTransf, pool, unit
 
+Given = Array | np.ndarray
 MAX_LOG_SCALE = float(np.log(100.0))
 
 
@@ -68,9 +69,12 @@ class DualEncoder(nn.Module):
         value = float(np.log(self.initial_logit_scale))
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(value), (), jnp.float32)
 
-    def encode_video(self, frames, frame_mask: Bool[Array, "b f"], train: bool = False) -> Features:
-        """Clip side of `Features`: frames, temporal, video, layers. frames: [B, F, H, W, 3]."""
+    def encode_video(
+        self, frames: Shaped[Given, "b f h w 3"], frame_mask: Bool[Given, "b f"], train: bool = False
+    ) -> Features:
+        """Clip side of `Features`: frames, temporal, video, layers."""
         b, f = frames.shape[:2]
+        frame_mask = jnp.asarray(frame_mask)
         seen = self.vision(frames.reshape(b * f, *frames.shape[2:]), train=train)
         per_frame = seen.embedding.reshape(b, f, -1)
         temporal = self.temporal(per_frame, frame_mask)
@@ -84,12 +88,13 @@ class DualEncoder(nn.Module):
 
     def encode_text(
         self,
-        tokens: Int[Array, "b t"],
-        token_mask: Bool[Array, "b t"],
-        word_ids: Int[Array, "b t"],
+        tokens: Int[Given, "b t"],
+        token_mask: Bool[Given, "b t"],
+        word_ids: Int[Given, "b t"],
         train: bool = False,
     ) -> Features:
         """Text side of `Features`: text, tokens, words."""
+        tokens, token_mask, word_ids = (jnp.asarray(x) for x in (tokens, token_mask, word_ids))
         said = self.text(tokens, token_mask, train=train)
         words, word_mask = mean_by_word(said.tokens, word_ids)
         return Features(

@@ -85,7 +85,7 @@ class Scene:
 class WorldConfig:
     """Sizes of the world. `train` clips serve the teacher, the first `train_small` of them the student."""
 
-    train: int = 16000
+    train: int = 8000
     train_small: int = 600
     validation: int = 256
     test: int = 512  # of which twins: 2 * twin_pairs
@@ -135,7 +135,7 @@ def scenes(config: WorldConfig) -> dict[str, list[Scene]]:
     def draw(twins: bool, keep: bool) -> list[Scene]:
         while True:
             # There are few scenes of one object; holding many of them out would leave none to learn from.
-            scene = Scene("", _things(rng, (1, 6, 2) if keep else (5, 6, 1)), rng.getrandbits(32))
+            scene = Scene("", _things(rng, (1, 6, 2) if keep else (8, 5, 1)), rng.getrandbits(32))
             made = [scene, scene.twin()] if twins else [scene]
             keys = {tuple(sorted(dataclasses.astuple(t) for t in s.described())) for s in made}
             if len(keys) == len(made) and not held_out & keys:
