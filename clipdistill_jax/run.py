@@ -83,7 +83,17 @@ def _needs(stage: Config) -> list[str]:
 
 
 # Fields that change how long a stage trains and what it writes, but not what a step does.
-_CADENCE = ("title", "steps", "eval_every", "log_every", "save_every", "save_minutes", "keep", "select")
+_CADENCE = (
+    "title",
+    "steps",
+    "select",
+    "eval_every",
+    "log_every",
+    "save_every",
+    "save_minutes",
+    "keep",
+    "workers",
+)
 
 
 def _hash(value: Any) -> str:
@@ -96,7 +106,7 @@ def _recipe(config: Config, name: str) -> dict[str, Any]:
     return {
         "stage": {field: value for field, value in stage.items() if field not in _CADENCE},
         "model": plain(config[stage["model"]]),
-        "data": plain(config["data"]),
+        "data": {field: value for field, value in plain(config["data"]).items() if field not in _CADENCE},
         "world": plain(config["world"]),
         "seed": config["seed"],
     }
