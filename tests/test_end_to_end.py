@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from clipdistill_jax.dataset import open_dataset
+from clipdistill_jax.evaluate.__main__ import main as evaluate_main
 from clipdistill_jax.evaluate.evaluator import RetrievalEvaluator
 from clipdistill_jax.experiment import build_stage, plain
 from clipdistill_jax.report.page import write_report
+from clipdistill_jax.report.sizes import count
 from clipdistill_jax.run import run_stages, stage_order
 from clipdistill_jax.train import sharding
 from clipdistill_jax.train.checkpoint import CheckpointError
@@ -105,6 +107,17 @@ def test_evaluation_batch_size_does_not_change_the_numbers(config, run):
 
 
 @pytest.mark.slow
+def test_the_evaluate_command_says_what_the_run_said(run, capsys):
+    workdir, results = run
+    assert evaluate_main([f"--stage={workdir / 'clip'}", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == pytest.approx(results["clip"]["test"], abs=1e-6)
+    assert evaluate_main([f"--stage={workdir / 'clip'}", "--split=tset"]) == 1
+    assert "not 'tset'" in capsys.readouterr().err
+    assert evaluate_main([f"--stage={workdir / 'nothing'}"]) == 1
+    assert "not the folder of a stage" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_the_report_shows_the_results(config, run):
     workdir, results = run
     said = write_report(plain(config), workdir, results)
@@ -162,6 +175,20 @@ def test_what_does_not_fit_together_is_told_when_the_stage_is_built(change, mess
     name = "alone" if "adm" in message else "distilled"
     with pytest.raises(ValueError, match=message):
         build_stage(config, name, mesh, 520)
+
+
+@pytest.mark.slow
+def test_the_msrvtt_config_builds_the_papers_models():
+    config = plain(load_config("msrvtt"))
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    teacher = build_stage(config, "teacher", mesh)
+    heads = 12_609_536 + 77 * 512  # four blocks of 512 and the frame positions
+    assert count(teacher.template.params["student"]) == 151_277_313 + heads
+    assert teacher.optimizer.parts["student/vision/projection/kernel"].multiplier == 1e-2
+    assert teacher.optimizer.parts["student/temporal/position_embedding"].multiplier == 1
+    student = build_stage(config, "distilled", mesh)
+    assert count(student.template.params["student"]["vision"]) == 4_388_841 + 512 * 512 + 512
+    assert not student.template.params["terms"]  # all widths are 512: nothing to project
 
 
 def test_the_core_runs_without_tensorflow():
