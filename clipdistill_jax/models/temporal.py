@@ -231,14 +231,6 @@ class TightTransf(nn.Module):
         return self.similarity(x)[:, 0].astype(jnp.float32)
 
 
-HEADS: dict[str, type[nn.Module]] = {
-    "meanP": MeanPool,
-    "seqLSTM": SeqLSTM,
-    "seqTransf": SeqTransf,
-    "tightTransf": TightTransf,
-}
-
-
 def init_from_text(text_params: Mapping[str, Any], temporal_params: Mapping[str, Any]) -> dict[str, Any]:
     """A head's parameters with its blocks and positions taken from a CLIP text tower.
 
