@@ -1,6 +1,6 @@
 """Reads a raw dataset once and writes records that training reads at random.
 
-python -m clipdistill_jax.prepare msrvtt --source=DIR --out=DIR
+python -m clipdistill_jax.prepare --format=msrvtt --source=DIR --out=DIR
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from clipdistill_jax.data import index as files
-from clipdistill_jax.data.formats import Clip, ClipSplits, Problem, msrvtt
+from clipdistill_jax.data.formats import FORMATS, Clip, ClipSplits, Problem, reader, reader_options
 from clipdistill_jax.data.progress import progress_bar
 from clipdistill_jax.data.video import UnreadableVideo, VideoFrames, VideoOptions
 from clipdistill_jax.data.workers import available_cores
@@ -30,28 +30,28 @@ class TooManyUnreadable(ValueError):
     """More of the listed media are missing or broken than `max_unreadable` allows."""
 
 
-def prepare_msrvtt(
+def prepare_dataset(
+    format: str,
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    train: str = "9k",
-    num_validation: int = 500,
     video: VideoOptions | None = None,
     workers: int | None = None,
     max_unreadable: float | int = 0.05,
     progress: bool = True,
+    **options_of_reader: Any,
 ) -> dict[str, Any]:
-    """Prepares an MSR-VTT tree, or finds it prepared.
+    """Prepares the raw tree of a dataset, or finds it prepared.
 
     Args:
-      source: the raw tree, see `data.formats.msrvtt`. Where `out` is prepared already it may be absent.
+      format: a name of `data.formats.FORMATS`.
+      source: the raw tree, see the format's module. Where `out` is prepared already it may be absent.
       out: folder of the result: clips/ (TFDS, ArrayRecord), index/ (captions), manifest.json (written last).
-      train: "9k" or "7k".
-      num_validation: clips held out of the train list when there is no MSRVTT_val.csv.
       video: how frames are taken; `VideoOptions()` when None.
       workers: decoding processes; one a core when None.
       max_unreadable: largest fraction of the listed clips that may be missing or broken.
       progress: show a progress bar on stderr, or a line every half minute where that is no terminal.
+      options_of_reader: what the format's reader takes, e.g. `num_validation` of MSR-VTT and ActivityNet.
 
     Returns:
       The manifest: options, source, splits (listed, clips, captions, frames), notes, counts of problems by
@@ -60,23 +60,23 @@ def prepare_msrvtt(
     Raises:
       FileNotFoundError, FormatError: the tree lacks a file or has another structure.
       TooManyUnreadable: see max_unreadable.
-      ValueError: `out` was prepared with other options or from other files, or holds something else.
+      ValueError: there is no such format, its reader has no such option, or `out` was prepared with other
+        options or from other files, or holds something else.
     """
     video = video or VideoOptions()
     workers = workers or available_cores()
     if not 0 <= max_unreadable <= 1:
         raise ValueError(f"max_unreadable={max_unreadable} must be a fraction, 0 to 1")
     source, out = Path(source), Path(out)
-    options = {
-        "format": "msrvtt",
-        "layout": LAYOUT,
-        "train": train,
-        "num_validation": num_validation,
-        **dataclasses.asdict(video),
-    }
+    read_options = reader_options(format)
+    for name in options_of_reader.keys() - read_options.keys():
+        known = ", ".join(read_options) or "none"
+        raise ValueError(f"the format {format!r} has no option {name!r} (it has {known})")
+    read_options.update(options_of_reader)
+    options = {"format": format, "layout": LAYOUT, **read_options, **dataclasses.asdict(video)}
 
     def read() -> ClipSplits:
-        return msrvtt.read(source, train=train, num_validation=num_validation)
+        return reader(format)(source, **read_options)
 
     if _is_prepared(out):
         return _same_manifest(out, options, source, read().fingerprint if source.exists() else None)
@@ -205,34 +205,38 @@ def _report(manifest: dict[str, Any], out: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m clipdistill_jax.prepare", description=__doc__)
-    formats = parser.add_subparsers(dest="format", required=True)
-    command = formats.add_parser(
-        "msrvtt", help="MSR-VTT: MSRVTT_data.json, csv lists and a folder of videos", allow_abbrev=False
+    parser = argparse.ArgumentParser(
+        prog="python -m clipdistill_jax.prepare", description=__doc__, allow_abbrev=False
     )
-    command.add_argument("--source", required=True, help="the raw tree")
-    command.add_argument("--out", required=True, help="folder of the prepared records")
-    command.add_argument("--train", default="9k", choices=sorted(msrvtt.TRAIN_CSV))
-    command.add_argument("--num_validation", type=int, default=500, help="held out without MSRVTT_val.csv")
+    parser.add_argument("--format", required=True, choices=list(FORMATS), help="how the raw tree is laid out")
+    parser.add_argument("--source", required=True, help="the raw tree")
+    parser.add_argument("--out", required=True, help="folder of the prepared records")
+    parser.add_argument("--train", help="msrvtt: which train list, 9k (default) or 7k")
+    parser.add_argument(
+        "--num_validation",
+        type=int,
+        help="msrvtt, activitynet: train clips held out where there is no validation list; default 500",
+    )
     defaults = VideoOptions()
-    command.add_argument("--fps", type=float, default=defaults.fps, help="frames kept a second")
-    command.add_argument("--max_frames", type=int, default=defaults.max_frames, help="most frames of a clip")
-    command.add_argument("--size", type=int, default=defaults.size, help="short side in pixels")
-    command.add_argument("--store_square", action="store_true", help="keep the centre square only")
-    command.add_argument("--quality", type=int, default=defaults.quality, help="JPEG quality")
-    command.add_argument("--workers", type=int, default=None, help="decoding processes; default one a core")
-    command.add_argument("--max_unreadable", type=float, default=0.05, help="fraction of clips")
+    parser.add_argument("--fps", type=float, default=defaults.fps, help="frames kept a second")
+    parser.add_argument("--max_frames", type=int, default=defaults.max_frames, help="most frames of a clip")
+    parser.add_argument("--size", type=int, default=defaults.size, help="short side in pixels")
+    parser.add_argument("--store_square", action="store_true", help="keep the centre square only")
+    parser.add_argument("--quality", type=int, default=defaults.quality, help="JPEG quality")
+    parser.add_argument("--workers", type=int, default=None, help="decoding processes; default one a core")
+    parser.add_argument("--max_unreadable", type=float, default=0.05, help="fraction of clips")
     args = parser.parse_args(argv)
+    given = {"train": args.train, "num_validation": args.num_validation}
     try:
         video = VideoOptions(args.fps, args.max_frames, args.size, args.store_square, args.quality)
-        manifest = prepare_msrvtt(
+        manifest = prepare_dataset(
+            args.format,
             args.source,
             args.out,
-            train=args.train,
-            num_validation=args.num_validation,
             video=video,
             workers=args.workers,
             max_unreadable=args.max_unreadable,
+            **{name: value for name, value in given.items() if value is not None},
         )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,7 +1,9 @@
 """Writes clips once as ArrayRecord (through TFDS): JPEG frames and captions, decoded by many processes."""
 
 import contextlib
+import dataclasses
 import io
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -14,6 +16,8 @@ from clipdistill_jax.data.formats import Clip
 from clipdistill_jax.data.graph import import_tensorflow
 from clipdistill_jax.data.video import VideoFrames, VideoOptions
 from clipdistill_jax.data.workers import Decoded, decode_clips
+
+_ALL_FRAMES = 10_000  # the most that VideoOptions allows
 
 
 class ClipRecords(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
@@ -72,7 +76,12 @@ def write_records(
 
     def source(split: str) -> Iterator[dict[str, Any]]:
         empty = True
-        for clip, decoded in decode_clips(clips[split], options, workers=workers):
+        listed = tuple(clips[split])
+        # Of a clip whose captions speak of its first seconds, frames are chosen among those.
+        part = any(clip.seconds is not None for clip in listed)
+        decoding = dataclasses.replace(options, max_frames=_ALL_FRAMES) if part else options
+        for clip, found in decode_clips(listed, decoding, workers=workers):
+            decoded = _first_seconds(found, clip.seconds, options.max_frames) if part else found
             on_clip(split, clip, decoded)
             if isinstance(decoded, VideoFrames):
                 empty = False
@@ -91,3 +100,14 @@ def write_records(
     builder = ClipRecords(sources=sources, data_dir=data_dir)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints of downloads, and there are none
         builder.download_and_prepare()
+
+
+def _first_seconds(decoded: Decoded, seconds: float | int | None, max_frames: int) -> Decoded:
+    """At most `max_frames` of the frames up to `seconds`, uniformly chosen as `read_frames` does."""
+    if not isinstance(decoded, VideoFrames):
+        return decoded
+    end = math.inf if seconds is None else seconds + 5e-4  # containers round times to their clock
+    count = sum(time <= end for time in decoded.timestamps)
+    # As many as there are, or max_frames of them from the first to the last.
+    keep = np.linspace(0, count - 1, min(count, max_frames)).astype(int)
+    return VideoFrames(tuple(decoded.frames[k] for k in keep), tuple(decoded.timestamps[k] for k in keep))

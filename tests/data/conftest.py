@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from clipdistill_jax.data.video import VideoOptions
-from clipdistill_jax.prepare import prepare_msrvtt
+from clipdistill_jax.prepare import prepare_dataset
 from tests.data.msrvtt_tree import write_tree
 
 
@@ -19,5 +19,5 @@ def tree(tmp_path_factory) -> Path:
 def prepared(tree, tmp_path_factory) -> Path:
     """`tree` prepared at 48 pixels (stored 64 x 48); do not change it."""
     out = tmp_path_factory.mktemp("msrvtt") / "prepared"
-    prepare_msrvtt(tree, out, video=VideoOptions(size=48, quality=95), workers=2, progress=False)
+    prepare_dataset("msrvtt", tree, out, video=VideoOptions(size=48, quality=95), workers=2, progress=False)
     return out

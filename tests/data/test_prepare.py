@@ -21,7 +21,7 @@ from clipdistill_jax.data.formats import Clip
 from clipdistill_jax.data.index import read_index, read_manifest
 from clipdistill_jax.data.video import UnreadableVideo, VideoFrames, VideoOptions, read_frames
 from clipdistill_jax.data.workers import decode_clips
-from clipdistill_jax.prepare import TooManyUnreadable, prepare_msrvtt
+from clipdistill_jax.prepare import TooManyUnreadable, prepare_dataset
 from tests.data.msrvtt_tree import captions_of, write_list, write_video
 
 SMALL = VideoOptions(size=48, quality=95)
@@ -33,7 +33,8 @@ def copy(tree, tmp_path) -> Path:
 
 
 def run(source: Path, out: Path, **options) -> dict:
-    return prepare_msrvtt(source, out, **({"video": SMALL, "workers": 1, "progress": False} | options))
+    settings = {"video": SMALL, "workers": 1, "progress": False} | options
+    return prepare_dataset("msrvtt", source, out, **settings)
 
 
 def files_of(folder: Path) -> dict[str, int]:
@@ -169,6 +170,19 @@ def test_second_call_returns_at_once(copy, tmp_path, monkeypatch):
     assert files_of(out) == before
 
 
+def test_formats_and_their_options(tree, prepared, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="'msrvt' is not known: choose one of msrvtt, msvd, didemo"):
+        prepare_dataset("msrvt", tree, out)
+    with pytest.raises(ValueError, match="'activitynet' has no option 'train' .it has num_validation"):
+        prepare_dataset("activitynet", tree, out, train="7k")
+    with pytest.raises(FileNotFoundError, match="train_ids.json|train.json"):
+        prepare_dataset("activitynet", tree, out)
+    assert not out.exists()
+    with pytest.raises(ValueError, match=r"format='msrvtt' \(now 'msvd'\)"):
+        prepare_dataset("msvd", tmp_path / "gone", prepared, video=SMALL)
+
+
 def test_two_jobs_share_a_folder(tree, prepared, tmp_path, monkeypatch):
     """The second waits for the first and then takes what that has prepared."""
     out = tmp_path / "out"
@@ -224,7 +238,8 @@ def slow(*args, on_clip, **kwargs):
 builder.write_records = slow
 from clipdistill_jax.prepare import main
 if __name__ == "__main__":
-    sys.exit(main(["msrvtt", "--source={copy}", "--out={out}", "--size=48", "--quality=95", "--workers=2"]))
+    options = ["--size=48", "--quality=95", "--workers=2"]
+    sys.exit(main(["--format=msrvtt", "--source={copy}", "--out={out}", *options]))
 """
     script = tmp_path / "job.py"
     script.write_text(code)
@@ -307,7 +322,7 @@ def test_workers_import_no_tensorflow():
 
 def test_command_line(copy, tmp_path, capsys):
     out = tmp_path / "out"
-    command = ["msrvtt", f"--source={copy}", f"--out={out}", "--size=48", "--workers=1"]
+    command = ["--format=msrvtt", f"--source={copy}", f"--out={out}", "--size=48", "--workers=1"]
     (copy / "videos" / "video1.webm").write_bytes(b"")
     assert prepare.main(command) == 1
     error = capsys.readouterr().err
@@ -318,7 +333,13 @@ def test_command_line(copy, tmp_path, capsys):
     assert "1 x unreadable_video" in told.out and "the file is empty" in told.out
     assert "preparing clips: 11/11" in told.err and "/s" in told.err
     with pytest.raises(SystemExit):
-        prepare.main(["msrvtt", "--source=x"])
-    assert prepare.main(["msrvtt", f"--source={tmp_path / 'none'}", f"--out={tmp_path / 'other'}"]) == 1
+        prepare.main(["--format=msrvtt", "--source=x"])
+    with pytest.raises(SystemExit):
+        prepare.main(["--format=msrvt", "--source=x", "--out=y"])
+    assert "choose from" in capsys.readouterr().err
+    other = [f"--source={tmp_path / 'none'}", f"--out={tmp_path / 'other'}"]
+    assert prepare.main(["--format=lsmdc", "--train=9k", *other]) == 1
+    assert "the format 'lsmdc' has no option 'train'" in capsys.readouterr().err
+    assert prepare.main(["--format=msrvtt", *other]) == 1
     assert "no such folder" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()

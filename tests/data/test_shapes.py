@@ -1,13 +1,14 @@
 """The embedded world: what it promises of its scenes, captions, twins and files."""
 
 import dataclasses
+import json
 import random
 
 import numpy as np
 import pytest
 
-from clipdistill_jax.data.formats import msrvtt
-from clipdistill_jax.data.shapes import Scene, Thing, WorldConfig, scenes, write_msrvtt
+from clipdistill_jax.data.formats import FORMATS, msrvtt, reader_options
+from clipdistill_jax.data.shapes import WRITERS, Scene, Thing, WorldConfig, scenes, write_msrvtt
 from clipdistill_jax.data.shapes.drawing import render
 from clipdistill_jax.data.shapes.world import SYNONYMS, captions, describe, motion_kind
 from clipdistill_jax.data.video import VideoOptions, read_frames
@@ -50,7 +51,7 @@ def test_twins_have_the_same_frames_in_reverse_order_and_other_captions():
         (("left",), ("right",)),
         (("left", "up"), ("down", "right")),
         (("grow",), ("shrink",)),
-        (("still",), ("still",)),
+        (("still", "on the left"), ("still", "on the left")),
     ],
 )
 def test_playing_backwards(motion, back):
@@ -64,10 +65,8 @@ def test_playing_a_change_of_colour_backwards():
 def test_an_object_moves_where_its_caption_says():
     config = dataclasses.replace(CONFIG, noise=0.0, size=64)
     for word, axis, sign in (("left", 1, -1), ("right", 1, 1), ("up", 0, -1), ("down", 0, 1)):
-        scene = Scene("v", (Thing("white", "square", (word,)),), seed=3)
-        frames = (
-            render(scene, [0.0, 1.0], config).astype(int).min(-1)
-        )  # white is the brightest of every channel
+        scene = Scene("v", (Thing("yellow", "square", (word,)),), seed=3)
+        frames = render(scene, [0.0, 1.0], config).astype(int)[..., :2].min(-1)  # red and green make yellow
         first, last = (np.argwhere(frame > 190)[:, axis].mean() for frame in frames)
         assert sign * (last - first) > 10
 
@@ -81,7 +80,10 @@ def test_full_captions_name_everything_and_partial_ones_less():
     assert min(lengths) < len(full.split())
     scene = scenes(CONFIG)["train"][0]
     assert captions(scene, 4, True) == captions(scene, 4, True)
-    assert describe(Thing("blue", "circle", ("still",)), random.Random(1)).split()[0] in ("a", "an")
+    assert describe(Thing("blue", "circle", ("still", "at the top")), random.Random(1)).split()[0] in (
+        "a",
+        "an",
+    )
 
 
 def test_the_tree_reads_back_as_msrvtt(tmp_path):
@@ -97,3 +99,38 @@ def test_the_tree_reads_back_as_msrvtt(tmp_path):
     assert (tmp_path / "world.json").stat().st_mtime_ns == stamp
     with pytest.raises(ValueError, match="world of other settings"):
         write_msrvtt(tmp_path, dataclasses.replace(CONFIG, seed=1))
+
+
+@pytest.fixture(scope="module")
+def trees(tmp_path_factory):
+    """The same few clips in every format."""
+    config = WorldConfig(train=4, train_small=2, validation=2, test=3, twin_pairs=1, captions=2)
+    folder = tmp_path_factory.mktemp("worlds")
+    return config, {name: write(folder / name, config, 1) for name, write in WRITERS.items()}
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_every_format_has_the_same_clips(trees, name):
+    config, folders = trees
+    plain = msrvtt.read(folders["msrvtt"])
+    options = {"num_validation": 0} if "num_validation" in reader_options(name) else {}
+    found = FORMATS[name](folders[name], **options)
+    assert found.problems == () and found.notes == ()
+    assert list(found.splits) == ["train", "validation", "test"]
+    for split, clips in found.splits.items():
+        for clip, same in zip(clips, plain.splits[split], strict=True):
+            assert clip.path.read_bytes() == same.path.read_bytes()
+            # What MSR-VTT says of the clip is among what is said here, or begins the paragraph.
+            assert " ".join(clip.captions).startswith(same.captions[0])
+    pairs = json.loads((folders[name] / "motion_pairs.json").read_text())
+    assert [pair[:2] for pair in pairs] == [[clip.video_id for clip in found.splits["test"][:2]]]
+    assert found.fingerprint == FORMATS[name](folders[name], **options).fingerprint
+
+
+def test_a_world_is_of_one_format(trees):
+    config, folders = trees
+    assert WRITERS["msvd"](folders["msvd"], config) == folders["msvd"]  # at once
+    for name, write in WRITERS.items():
+        if name != "msvd":
+            with pytest.raises(ValueError, match="world of other settings"):
+                write(folders["msvd"], config)

@@ -26,11 +26,11 @@ def test_frames_come_from_the_prepared_records(tmp_path):
     from clipdistill_jax.data.shapes import WorldConfig, scenes, write_msrvtt
     from clipdistill_jax.data.shapes.drawing import render
     from clipdistill_jax.data.video import VideoOptions
-    from clipdistill_jax.prepare import prepare_msrvtt
+    from clipdistill_jax.prepare import prepare_dataset
 
     world = WorldConfig(train=2, train_small=1, validation=1, test=4, twin_pairs=1, noise=0.0)
     source, prepared = write_msrvtt(tmp_path / "world", world, workers=1), tmp_path / "prepared"
-    prepare_msrvtt(source, prepared, video=VideoOptions(size=32), workers=1, progress=False)
+    prepare_dataset("msrvtt", source, prepared, video=VideoOptions(size=32), workers=1, progress=False)
     frames_of, ids = prepared_frames(prepared), read_index(prepared, "test").video_ids
     made = {scene.video_id: scene for scene in scenes(world)["test"]}
     # The files have 2 frames a second for 2 seconds, of which the records keep one a second.

@@ -1,64 +1,41 @@
 """Readers of real on-disk formats. Each gives the same records: clips by split, and what was wrong."""
 
-import dataclasses
-from pathlib import Path
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from clipdistill_jax.data.formats import activitynet, didemo, lsmdc, msrvtt, msvd
+from clipdistill_jax.data.formats.clips import Clip, ClipSplits, FormatError, Problem
+
+__all__ = ["FORMATS", "Clip", "ClipSplits", "FormatError", "Problem", "reader", "reader_options"]
+
+# What `data.format` and `prepare --format` name. A reader takes the folder of the raw tree, and its options
+# as keywords.
+FORMATS: dict[str, Callable[..., ClipSplits]] = {
+    "msrvtt": msrvtt.read,
+    "msvd": msvd.read,
+    "didemo": didemo.read,
+    "activitynet": activitynet.read,
+    "lsmdc": lsmdc.read,
+}
 
 
-class FormatError(ValueError):
-    """A file does not have the structure of its format. The message names the file and the record."""
+def reader(name: str) -> Callable[..., ClipSplits]:
+    """The reader of a format.
 
-
-@dataclasses.dataclass(frozen=True)
-class Clip:
-    """One video file and what people say of it.
-
-    Attributes:
-      video_id: the dataset's name of the clip, unique within the dataset.
-      path: the video file.
-      captions: one or more captions, none of them empty.
-      record: where the clip is listed, e.g. "MSRVTT_train.9k.csv, line 17".
+    Raises:
+      ValueError: there is no such format.
     """
-
-    video_id: str
-    path: Path
-    captions: tuple[str, ...]
-    record: str
+    if name not in FORMATS:
+        raise ValueError(f"the data format {name!r} is not known: choose one of {', '.join(FORMATS)}")
+    return FORMATS[name]
 
 
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """A record that was left out (or noted) while the rest of the dataset is good.
+def reader_options(name: str) -> dict[str, Any]:
+    """The options of a format's reader and their defaults.
 
-    Attributes:
-      kind: one of "missing_video", "unreadable_video", "empty_caption", "bad_caption", "long_caption",
-        "no_caption".
-      split: the split it belongs to, "" where the file does not say.
-      file: the file at fault.
-      record: the record in words: line, position, video_id.
-      reason: what is wrong.
+    Raises:
+      ValueError: there is no such format.
     """
-
-    kind: str
-    split: str
-    file: str
-    record: str
-    reason: str
-
-
-@dataclasses.dataclass(frozen=True)
-class ClipSplits:
-    """What a reader gives.
-
-    Attributes:
-      splits: clips by split name, in the order of the files.
-      problems: what was left out or noted, in the order found.
-      notes: decisions of the reader that change the splits, in words.
-      listed: clips that each split lists, readable or not.
-      fingerprint: hash of the annotation files' contents and of the names and sizes of the videos.
-    """
-
-    splits: dict[str, tuple[Clip, ...]]
-    problems: tuple[Problem, ...]
-    notes: tuple[str, ...]
-    listed: dict[str, int]
-    fingerprint: str
+    parameters = inspect.signature(reader(name)).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}

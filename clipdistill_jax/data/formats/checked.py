@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from clipdistill_jax.data.formats import FormatError
+from clipdistill_jax.data.formats.clips import FormatError
 
 
 def read_text(path: Path) -> str:
@@ -102,6 +102,36 @@ def read_csv(path: Path, columns: tuple[str, ...]) -> list[tuple[int, dict[str, 
     if not rows:
         raise FormatError(f"{path}: the list is empty, only a header is there")
     return rows
+
+
+def read_lines(path: Path) -> list[tuple[int, str]]:
+    """The lines that are not blank, as (line number, text without the line break).
+
+    Raises:
+      FileNotFoundError: the file is absent.
+      FormatError: it is not UTF-8, or has no such line.
+    """
+    # Not splitlines(), which also parts a caption at the rarer breaks of Unicode.
+    lines = [(k, line.rstrip("\r")) for k, line in enumerate(read_text(path).split("\n"), 1)]
+    lines = [(k, line) for k, line in lines if line.strip()]
+    if not lines:
+        raise FormatError(f"{path}: the list is empty")
+    return lines
+
+
+def read_ids(path: Path) -> list[tuple[int, str]]:
+    """A list of ids, one a line, as (line number, id).
+
+    Raises:
+      FileNotFoundError: the file is absent.
+      FormatError: it is empty, or an id repeats or could lead out of the data folder.
+    """
+    seen: dict[str, str] = {}
+    ids = [(line, text.strip()) for line, text in read_lines(path)]
+    for line, video_id in ids:
+        check_file_stem(video_id, f"{path}, line {line}")
+        check_unique(video_id, f"{path}, line {line}", seen)
+    return ids
 
 
 def check_file_stem(name: str, where: str) -> None:
