@@ -37,6 +37,7 @@ class _FrameKD(nn.Module):
 
     distance: str = "mse"
     field: ClassVar[str]
+    of: ClassVar = "teacher"
 
     @nn.compact
     def __call__(self, student: Features, teacher: Features, valid: Bool[Array, " b"]) -> Float[Array, " b"]:

@@ -31,6 +31,7 @@ class GlobalAlignment(nn.Module):
     """
 
     temperature: float = 1.0
+    of: ClassVar = "teacher"
     needs: ClassVar = ("similarity",)
 
     @nn.compact
