@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +22,7 @@ _WORD = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
 
 class Tokens(NamedTuple):
-    """Encoded texts, N of them, T tokens each.
+    """Encoded texts, N of them, T tokens each. BERT's [CLS] and [SEP] stand for BOS and EOT.
 
     Attributes:
       tokens: int32 [N, T]; BOS, the text, EOT, then 0.
@@ -44,19 +45,39 @@ def _splitter() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Split(tokenizers.Regex(_WORD), behavior="removed", invert=True)
 
 
-def split_words(texts: Iterable[str]) -> list[list[str]]:
+def split_words(texts: Iterable[str], keep_case: bool = False) -> list[list[str]]:
     """The words of each text, lower-cased, as CLIP's tokenizer divides it.
 
     Encoding the words one by one gives exactly the ids that CLIP gives for the whole text, so they are a
     common ground for tokenizers that cut words differently.
+
+    Args:
+      texts: any.
+      keep_case: give the same words as the text writes them (a few, as those of "İ", stay lower-cased).
     """
     normalizer, splitter = _normalizer(), _splitter()
+    if keep_case:
+        return [_written(text, normalizer, splitter) for text in texts]
     return [[word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))] for text in texts]
+
+
+def _written(
+    text: str, normalizer: normalizers.Normalizer, splitter: pre_tokenizers.PreTokenizer
+) -> list[str]:
+    pieces = tokenizers.PreTokenizedString(text)
+    pieces.normalize(normalizer.normalize)
+    splitter.pre_tokenize(pieces)
+    words = []
+    for word, (start, end), _ in pieces.get_splits("original", "char"):
+        written = unicodedata.normalize("NFC", text[start:end])
+        # Lower case can have more characters, of which each may be a word of its own.
+        words.append(written if normalizer.normalize_str(written) == word else word)
+    return words
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """A CLIP tokenizer that keeps word ids.
+    """A tokenizer that keeps word ids: CLIP's, or BERT's (`data.wordpiece.WordPiece`).
 
     Attributes:
       backend: the `tokenizers` tokenizer; its padding, truncation and special tokens are not used.
@@ -70,36 +91,49 @@ class Tokenizer:
 
     @classmethod
     def from_dir(cls, path: str | os.PathLike[str]) -> "Tokenizer":
-        """Loads a Hugging Face directory, or a hub id such as "openai/clip-vit-base-patch32".
+        """Loads a Hugging Face directory of CLIP or BERT, or a hub id such as "openai/clip-vit-base-patch32".
 
-        Reads tokenizer.json, else vocab.json with merges.txt.
+        Reads tokenizer.json, else vocab.json with merges.txt (CLIP), else vocab.txt (BERT).
 
         Raises:
-          FileNotFoundError: neither is there.
-          ValueError: the files are no tokenizer, or have no <|startoftext|> and <|endoftext|>.
+          FileNotFoundError: none of them is there.
+          ValueError: the files are no tokenizer, or neither CLIP's nor BERT's.
         """
+        from clipdistill_jax.data import wordpiece  # which is built on this file
+
         folder = _folder(path)
         try:
             if (folder / "tokenizer.json").is_file():
                 backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
             elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
                 backend = _clip_backend(*_read_bpe(folder / "vocab.json", folder / "merges.txt"))
+            elif (folder / "vocab.txt").is_file():
+                backend = wordpiece.read_backend(folder)
             else:
                 raise FileNotFoundError(
-                    f"{folder}: no tokenizer here; needs tokenizer.json, or vocab.json and merges.txt"
+                    f"{folder}: no tokenizer here; needs tokenizer.json, or vocab.json and merges.txt, "
+                    "or vocab.txt"
                 )
         except OSError:
             raise
         except Exception as error:  # tokenizers raises bare Exception
             raise ValueError(f"{folder}: the tokenizer files cannot be read: {error}") from error
-        bos_id, eot_id = backend.token_to_id(BOS), backend.token_to_id(EOT)
-        if bos_id is None or eot_id is None:
-            raise ValueError(f"{folder}: not a CLIP tokenizer: its vocabulary has no {BOS} or no {EOT}")
         backend.no_padding()
         backend.no_truncation()
         backend.encode_special_tokens = True  # a caption that says "<|endoftext|>" does not end there
-        _check_words(backend, folder)
-        return cls(backend, bos_id, eot_id)
+        kind: type[Tokenizer] = Tokenizer
+        ends = (BOS, EOT)
+        if isinstance(backend.model, models.WordPiece):
+            kind, ends = wordpiece.WordPiece, (wordpiece.CLS, wordpiece.SEP)
+        bos_id, eot_id = (backend.token_to_id(token) for token in ends)
+        if bos_id is None or eot_id is None:
+            raise ValueError(
+                f"{folder}: neither a CLIP tokenizer (it has no {BOS} or no {EOT}) nor BERT's (it has no "
+                f"{wordpiece.CLS} or no {wordpiece.SEP})"
+            )
+        if kind is Tokenizer:
+            _check_words(backend, folder)
+        return kind(backend, bos_id, eot_id)
 
     @property
     def vocab_size(self) -> int:
@@ -121,7 +155,7 @@ class Tokenizer:
         lengths = np.zeros(len(texts), np.int64)
         for start in range(0, len(texts), _CHUNK):
             chunk = list(texts[start : start + _CHUNK])
-            for row, encoding in enumerate(self.backend.encode_batch(chunk, add_special_tokens=False), start):
+            for row, encoding in enumerate(self._encode(chunk), start):
                 ids = encoding.ids[: max_tokens - 2]
                 tokens[row, 1 : 1 + len(ids)] = ids
                 word_ids[row, 1 : 1 + len(ids)] = encoding.word_ids[: len(ids)]
@@ -130,6 +164,10 @@ class Tokenizer:
         tokens[np.arange(len(texts)), lengths + 1] = self.eot_id
         token_mask = np.arange(max_tokens) < (lengths + 2)[:, None]
         return Tokens(tokens, token_mask, word_ids)
+
+    def _encode(self, texts: list[str]) -> list[tokenizers.Encoding]:
+        """Ids and word ids of each text, without special tokens."""
+        return self.backend.encode_batch(texts, add_special_tokens=False)
 
 
 def train_clip_bpe(
@@ -247,7 +285,7 @@ def _folder(path: str | os.PathLike[str]) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        files = ["tokenizer.json", "vocab.json", "merges.txt"]
+        files = ["tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer_config.json"]
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(f"{name}: no such folder, and the hub does not give it: {error}") from error

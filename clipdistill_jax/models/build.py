@@ -7,6 +7,9 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from clipdistill_jax.models.bert import PRESETS as BERT_PRESETS
+from clipdistill_jax.models.bert import BertConfig
+from clipdistill_jax.models.bert_text import BertText
 from clipdistill_jax.models.clip import PRESETS, ClipText, ClipTextConfig, ClipVision, ClipVisionConfig
 from clipdistill_jax.models.dual_encoder import DualEncoder
 from clipdistill_jax.models.mobilevit import MobileViTv2
@@ -31,11 +34,21 @@ def _clip_text(spec: dict[str, Any], common: dict[str, Any]) -> nn.Module:
     return ClipText(dataclasses.replace(base, **spec), **common)
 
 
+def _bert_text(spec: dict[str, Any], common: dict[str, Any]) -> nn.Module:
+    preset = spec.pop("preset", None)
+    base = BERT_PRESETS[preset] if preset else BertConfig()
+    own = {name: spec.pop(name) for name in ("projection_dim",) if name in spec}
+    return BertText(dataclasses.replace(base, **spec), **own, **common)
+
+
 VISION: dict[str, Callable[[dict[str, Any], dict[str, Any]], nn.Module]] = {
     "clip": _clip_vision,
     "mobilevit": _mobilevit,
 }
-TEXT: dict[str, Callable[[dict[str, Any], dict[str, Any]], nn.Module]] = {"clip": _clip_text}
+TEXT: dict[str, Callable[[dict[str, Any], dict[str, Any]], nn.Module]] = {
+    "clip": _clip_text,
+    "bert": _bert_text,
+}
 TEMPORAL: dict[str, Callable[..., nn.Module]] = {
     "meanP": lambda dtype, remat: MeanPool(),
     "seqLSTM": lambda dtype, remat, **spec: SeqLSTM(dtype=dtype, **spec),
