@@ -75,18 +75,24 @@ def stage_name(config: Any, name: str) -> str:
     return name or [*taught, *stages][0]
 
 
-def vocab_size(config: Any) -> int:
-    """Entries of the tokenizer that a config names, without its data: of "train:N" the N asked for.
+def vocab(config: Any) -> dict[str, int]:
+    """Entries of the teacher's and the student's tokenizer, without the data: of "train:N" the N asked for.
 
     Raises:
       FileNotFoundError: there is no such tokenizer.
     """
-    name = config["data"]["tokenizer"]
-    if name.startswith("train:"):
-        return int(name.removeprefix("train:"))
-    from clipdistill_jax.data.text import Tokenizer
 
-    return Tokenizer.from_dir(name).vocab_size
+    def size(name: str) -> int:
+        if name.startswith("train:"):
+            return int(name.removeprefix("train:"))
+        from clipdistill_jax.data.text import Tokenizer
+
+        return Tokenizer.from_dir(name).vocab_size
+
+    data = config["data"]
+    teacher = size(data["tokenizer"])
+    own = data["student_tokenizer"]
+    return {"teacher": teacher, "student": size(own) if own else teacher}
 
 
 def versions() -> dict[str, str]:

@@ -80,8 +80,8 @@ def compile_stage(config: Any, name: str, topology: str = LOCAL) -> dict[str, An
 
     devices = topology_devices(topology)
     mesh = sharding.make_mesh(**plain(config["mesh"]), devices=devices)
-    batch = abstract_batch(config, name, mesh)
-    stage = build_stage(config, name, mesh, commands.vocab_size(config))
+    stage = build_stage(config, name, mesh, commands.vocab(config))
+    batch = abstract_batch(config, stage, mesh)
     start = time.perf_counter()
     try:
         with jax.set_mesh(mesh):
@@ -111,18 +111,18 @@ def compile_stage(config: Any, name: str, topology: str = LOCAL) -> dict[str, An
     }
 
 
-def abstract_batch(config: Any, name: str, mesh: Any) -> dict[str, Any]:
-    """The stage's global batch as shapes with shardings.
+def abstract_batch(config: Any, stage: Any, mesh: Any) -> dict[str, Any]:
+    """The global batch of a built stage, as shapes with shardings.
 
     Raises:
       ValueError: it does not divide over the mesh.
     """
     import jax
 
-    from clipdistill_jax.experiment import example_batch, stage_config
+    from clipdistill_jax.experiment import cached_example, example_batch
     from clipdistill_jax.train import sharding
 
-    size = stage_config(config, name)["batch_size"]
+    name, size = stage.name, stage.config["batch_size"]
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if size % ways:
         data, fsdp, fits = mesh.shape["data"], mesh.shape["fsdp"], -(-size // ways) * ways
@@ -130,7 +130,7 @@ def abstract_batch(config: Any, name: str, mesh: Any) -> dict[str, Any]:
             f"stage {name!r}: batch_size {size} does not divide over {ways} devices "
             f"(data {data} x fsdp {fsdp}); try --config.stages.{name}.batch_size={fits}"
         )
-    shapes = jax.eval_shape(lambda: example_batch(config, name, size))
+    shapes = jax.eval_shape(lambda: {**example_batch(config, name, size), **cached_example(stage, size)})
     return sharding.shape_structs(shapes, dict.fromkeys(shapes, sharding.batch_sharding(mesh)))
 
 

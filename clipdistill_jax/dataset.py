@@ -1,6 +1,7 @@
 """From a config's data section to batches: write the embedded world, prepare, open, feed."""
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -10,42 +11,45 @@ import numpy as np
 from jax.sharding import Mesh
 
 from clipdistill_jax.evaluate.evaluator import Split
-from clipdistill_jax.experiment import Config, Stage, plain
+from clipdistill_jax.experiment import MODELS, Config, Stage, own_tokens, plain
 from clipdistill_jax.train.schedules import from_mapping
 from clipdistill_jax.train.sharding import process_parts
 
 
-def open_dataset(config: Config, workdir: Path) -> "Dataset":
+def open_dataset(config: Config, home: Path) -> "Dataset":
     """The dataset that a config names, written (the embedded world) and prepared if it is not there yet.
 
-    `data.source` is the raw tree; empty, it is `workdir/world`, written as `world` says. `data.prepared` is
-    where the prepared records lie; empty, `workdir/prepared`. `data.tokenizer` is a Hugging Face directory or
-    hub id; "train:N" trains one of N entries on the training captions.
+    `data.source` is the raw tree, laid out as `data.format` says; empty, it is `home/world`, where `world`
+    is written in that format. `data.prepared` is where the prepared records lie; empty, `home/prepared`.
+    `data.tokenizer` is a Hugging Face directory or hub id; "train:N" trains one of N entries on the training
+    captions. `data.student_tokenizer` is the same for a student that reads other tokens.
 
     Raises:
-      ValueError: neither `data.source` nor `world` says where the data is; see also `prepare`.
+      ValueError: there is no such format, or neither `data.source` nor `world` says where the data is; see
+        also `prepare`.
       FileNotFoundError, FormatError: the tree or the tokenizer is not there or not whole.
     """
     # TensorFlow is imported here, not above, so that the rest runs where it is not installed.
+    from clipdistill_jax.data.formats import reader_options
     from clipdistill_jax.data.pipeline import RetrievalData
-    from clipdistill_jax.data.shapes import WorldConfig, write_msrvtt
+    from clipdistill_jax.data.shapes import WRITERS, WorldConfig
     from clipdistill_jax.data.video import VideoOptions
-    from clipdistill_jax.prepare import prepare_msrvtt
+    from clipdistill_jax.prepare import prepare_dataset
 
     data = plain(config["data"])
-    source = Path(data["source"] or workdir / "world").expanduser()
+    options = {name: data[name] for name in reader_options(data["format"])}
+    source = Path(data["source"] or home / "world").expanduser()
     if not data["source"]:
         if not config["world"]:
             raise ValueError(
                 "data.source is empty: set it to the folder of the dataset (--config.data.source=DIR)"
             )
-        write_msrvtt(source, from_mapping(WorldConfig, plain(config["world"])))
-    prepared = Path(data["prepared"] or workdir / "prepared").expanduser()
-    prepare_msrvtt(
+        WRITERS[data["format"]](source, from_mapping(WorldConfig, plain(config["world"])))
+    prepared = Path(data["prepared"] or home / "prepared").expanduser()
+    prepare_dataset(
+        data["format"],
         source,
         prepared,
-        train=data["train"],
-        num_validation=data["num_validation"],
         video=VideoOptions(
             fps=data["fps"],
             max_frames=data["max_frames"],
@@ -54,23 +58,34 @@ def open_dataset(config: Config, workdir: Path) -> "Dataset":
         ),
         workers=data["workers"] or None,
         max_unreadable=data["max_unreadable"],
+        **options,
     )
-    tokenizer = _tokenizer(data["tokenizer"], prepared, workdir)
-    opened = RetrievalData(prepared, tokenizer, max_tokens=data["max_tokens"])
+    tokenizers = {"teacher": _tokenizer(data["tokenizer"], "clip", prepared, home / "tokenizer")}
+    if data["student_tokenizer"]:
+        kind = config["student"]["text"]["kind"]
+        tokenizers["student"] = _tokenizer(
+            data["student_tokenizer"], kind, prepared, home / "student_tokenizer"
+        )
+    opened = RetrievalData(
+        prepared, tokenizers["teacher"], max_tokens=data["max_tokens"], student=tokenizers.get("student")
+    )
     pairs = source / "motion_pairs.json"
-    return Dataset(opened, data["image_size"], data["num_frames"], tokenizer.vocab_size, pairs)
+    vocab = {model: tokenizers.get(model, tokenizers["teacher"]).vocab_size for model in MODELS}
+    return Dataset(opened, data["image_size"], vocab, json.loads(pairs.read_text()) if pairs.exists() else [])
 
 
-def _tokenizer(name: str, prepared: Path, workdir: Path) -> Any:
+def _tokenizer(name: str, kind: str, prepared: Path, folder: Path) -> Any:
+    """The tokenizer that a config names; one to be trained is trained once, in `folder`."""
     from clipdistill_jax.data.index import read_index
     from clipdistill_jax.data.text import Tokenizer, train_clip_bpe
+    from clipdistill_jax.data.wordpiece import train_wordpiece
 
     if not name.startswith("train:"):
         return Tokenizer.from_dir(name)
-    folder = workdir / "tokenizer"
     if not (folder / "tokenizer.json").exists():
         captions = [text for said in read_index(prepared, "train").captions for text in said]
-        train_clip_bpe(captions, int(name.removeprefix("train:")), folder)
+        train = train_wordpiece if kind == "bert" else train_clip_bpe
+        train(captions, int(name.removeprefix("train:")), folder)
     return Tokenizer.from_dir(folder)
 
 
@@ -78,13 +93,13 @@ class Dataset:
     """Prepared data as a stage wants it.
 
     Attributes:
-      vocab_size: of the tokenizer.
+      vocab: {"teacher": entries of its tokenizer, "student": ...}.
       splits: their names.
     """
 
-    def __init__(self, data: Any, image_size: int, num_frames: int, vocab_size: int, pairs: Path) -> None:
-        self._data, self._image_size, self._num_frames, self._pairs = data, image_size, num_frames, pairs
-        self.vocab_size = vocab_size
+    def __init__(self, data: Any, image_size: int, vocab: dict[str, int], pairs: list[list[str]]) -> None:
+        self._data, self._image_size, self._pairs = data, image_size, pairs
+        self.vocab = vocab
         self.splits: tuple[str, ...] = data.splits
 
     def train_batches(
@@ -96,7 +111,7 @@ class Dataset:
         return self._data.batches(
             start,
             batch_size=settings["batch_size"],
-            num_frames=settings["num_frames"] or self._num_frames,
+            num_frames=settings["num_frames"],
             image_size=self._image_size,
             seed=seed,
             captions=settings["captions"],
@@ -105,6 +120,29 @@ class Dataset:
             process_index=index,
             process_count=count,
         )
+
+    def train_sizes(self, stage: Stage) -> tuple[int, int]:
+        """Clips that a stage draws from, and captions that these have."""
+        clip_of_caption = self._data.clip_of_caption("train")
+        clips = min(stage.config["max_clips"] or sys.maxsize, len(self._data.video_ids("train")))
+        return clips, int((clip_of_caption < clips).sum())
+
+    def train_clips(self, stage: Stage, ids: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
+        """Batches of training clips by id [batches, b]; -1 fills a batch."""
+        sizes = {"num_frames": stage.config["num_frames"], "image_size": self._image_size}
+        return self._data.clip_batches("train", ids, **sizes)
+
+    def train_captions(self, ids: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
+        """Batches of training captions by id [batches, b]; -1 fills a batch."""
+        return self._data.caption_batches("train", ids)
+
+    def identity(self, stage: Stage) -> dict[str, str | int]:
+        """What a frozen model's vectors of the training split depend on, beside the model."""
+        return {
+            "data": self._data.fingerprint("train"),
+            "num_frames": stage.config["num_frames"],
+            "image_size": self._image_size,
+        }
 
     def split(self, name: str, stage: Stage, mesh: Mesh) -> Split:
         """A split as the evaluator wants it."""
@@ -118,22 +156,21 @@ class Dataset:
             clips=partial(
                 self._data.eval_clips,
                 name,
-                num_frames=stage.config["num_frames"] or self._num_frames,
+                num_frames=stage.config["num_frames"],
                 image_size=self._image_size,
                 **parts,
             ),
-            texts=partial(self._data.eval_captions, name, **parts),
+            texts=lambda: (
+                own_tokens(batch, stage.config["model"]) for batch in self._data.eval_captions(name, **parts)
+            ),
             clip_of_text=self._data.clip_of_caption(name),
             pairs=[(a, b) for a, b, _ in self.motion_pairs(name)],
         )
 
     def motion_pairs(self, split: str) -> list[tuple[int, int, str]]:
         """Clips of the split that differ only in motion, and in what; none where the source lists none."""
-        if not self._pairs.exists():
-            return []
         place = {video_id: i for i, video_id in enumerate(self._data.video_ids(split))}
-        listed = json.loads(self._pairs.read_text())
-        return [(place[a], place[b], kind) for a, b, kind in listed if a in place and b in place]
+        return [(place[a], place[b], kind) for a, b, kind in self._pairs if a in place and b in place]
 
     def describe(self, split: str) -> dict[str, np.ndarray]:
         """What a report needs to read a score matrix: video ids, captions, clip_of_text, pairs."""

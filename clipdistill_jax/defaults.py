@@ -11,10 +11,11 @@ def data(**fields: Any) -> ConfigDict:
     return _with(
         "data",
         dict(
+            format="msrvtt",  # of the raw tree: or msvd, didemo, activitynet, lsmdc
             source="",  # folder of the raw tree; empty: WORKDIR/world, the embedded world
             prepared="",  # folder of the prepared records; empty: WORKDIR/prepared
             train="9k",  # which train list of MSR-VTT: 9k or 7k
-            num_validation=500,  # clips held out of the train list where there is no MSRVTT_val.csv
+            num_validation=500,  # clips of MSR-VTT or ActivityNet held out where there is no validation list
             fps=1.0,  # frames kept of a clip, a second
             max_frames=32,  # most frames kept of a clip
             stored_size=0,  # short side of the stored frames; 0: image_size
@@ -25,6 +26,7 @@ def data(**fields: Any) -> ConfigDict:
             num_frames=12,  # frames fed of a clip
             max_tokens=32,  # with begin and end of text
             tokenizer="",  # a Hugging Face directory or hub id; "train:N": N entries, learned from captions
+            student_tokenizer="",  # the same for a student with another text tower; empty: `tokenizer`
         ),
         fields,
     )
@@ -41,6 +43,9 @@ def stage(**fields: Any) -> ConfigDict:
             # Where weights start: "stage:NAME", a file, a directory, a hub id; temporal may also be "text".
             init=dict(model="", text="", vision="", temporal=""),
             teacher="",  # the stage to learn from
+            # Raw CLIP, for local alignment: the teacher's towers without a head, of "stage:NAME" or files.
+            clip="",
+            cache=False,  # compute the frozen models' vectors once, before training, and join them by id
             terms={},  # what to distil: name -> weight (a number or a schedule) and the term's own fields
             captions="all",  # every caption is an item, or "one": every clip is, with its captions in turn
             max_clips=0,  # train on the first of them only; 0: all

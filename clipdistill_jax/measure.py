@@ -10,7 +10,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,16 @@ from clipdistill_jax import commands
 from clipdistill_jax.dataset import Dataset, open_dataset
 from clipdistill_jax.devices import peak_flops
 from clipdistill_jax.evaluate.evaluator import RetrievalEvaluator, Split
-from clipdistill_jax.experiment import Config, Stage, build_stage, example_batch, plain, stage_config
+from clipdistill_jax.experiment import (
+    Config,
+    Stage,
+    build_stage,
+    cached_example,
+    example_batch,
+    plain,
+    stage_config,
+    student_variables,
+)
 from clipdistill_jax.report.sizes import flops
 from clipdistill_jax.train import sharding
 from clipdistill_jax.train import state as states
@@ -47,15 +56,18 @@ class Training:
     """A stage with random weights that trains for a while and is timed."""
 
     def __init__(self, config: Config, stage: Stage, mesh: Mesh) -> None:
-        self.stage, self._mesh, self._frozen = stage, mesh, None
+        self.stage, self._mesh = stage, mesh
         key = jax.random.key(config["seed"])
         self.state = states.create(stage.init, stage.optimizer, mesh, key, **stage.placement)
-        if (teacher := stage.teacher) is not None:
-            batch = example_batch(config, stage.name)
-            placed = jax.tree.map(lambda x: x.sharding, stage.frozen)
+        batch = example_batch(config, stage.name)
+        self._frozen = {}
+        for name, model in stage.teachers.items():
             with jax.set_mesh(mesh):
-                init = jax.jit(lambda key: teacher.init(key, batch, method="complete"), out_shardings=placed)
-                self._frozen = init(key)
+                init = jax.jit(
+                    lambda key, model=model: model.needed(model.module.init(key, batch, method="complete")),
+                    out_shardings=jax.tree.map(lambda x: x.sharding, model.needed(model.variables)),
+                )
+                self._frozen[name] = init(key)
 
     def run(self, feed: Iterator[Placed], steps: int) -> dict[str, float]:
         """Trains one step untimed and `steps` timed; the meter's report of the latter."""
@@ -69,15 +81,22 @@ class Training:
             return meter.report()
 
 
-def random_batch(config: Config, name: str, size: int, vocab: int, seed: int = 0) -> dict[str, np.ndarray]:
+def random_batch(
+    config: Config, stage: Stage, size: int, vocab: Mapping[str, int], seed: int = 0
+) -> dict[str, np.ndarray]:
     """A batch of noise in the shapes of a stage, without padding; rows of one process."""
     rng = np.random.default_rng(seed)
-    batch = {key: np.array(value) for key, value in example_batch(config, name, size).items()}
+    batch = {key: np.array(value) for key, value in example_batch(config, stage.name, size).items()}
     batch["frames"] = rng.integers(0, 256, batch["frames"].shape, np.uint8)
-    batch["tokens"] = rng.integers(0, vocab, batch["tokens"].shape, np.int32)
-    batch["word_ids"][:] = np.arange(batch["word_ids"].shape[1]) - 1
-    batch["word_ids"][:, -1] = -1  # BOS has -1 by the line above
+    for prefix, model in (("", "teacher"), ("student_", "student")):
+        if f"{prefix}tokens" in batch:
+            tokens, word_ids = batch[f"{prefix}tokens"], batch[f"{prefix}word_ids"]
+            tokens[:] = rng.integers(0, vocab[model], tokens.shape, np.int32)
+            word_ids[:] = np.arange(word_ids.shape[1]) - 1
+            word_ids[:, -1] = -1  # BOS has -1 by the line above
     batch["example_id"][:] = batch["clip_id"][:] = np.arange(size)
+    for key, value in cached_example(stage, size).items():
+        batch[key] = ~value if value.dtype == bool else rng.normal(size=value.shape).astype(value.dtype)
     return batch
 
 
@@ -94,7 +113,7 @@ def model_flops(config: Config, stage: Stage) -> dict[str, float]:
 
     return {
         "student": 3 * forward(stage.module),
-        "teacher": 0.0 if stage.teacher is None else forward(stage.teacher),
+        "teacher": sum(forward(model.module) for model in stage.teachers.values()),
     }
 
 
@@ -117,17 +136,17 @@ def peak_memory() -> Report:
 
 def measure_step(config: Config, name: str, mesh: Mesh, repeats: int, steps: int) -> Report:
     """Times a stage's step, and in turn with it the same stage without teacher, if it has one."""
-    vocab, size = commands.vocab_size(config), stage_config(config, name)["batch_size"]
+    vocab, size = commands.vocab(config), stage_config(config, name)["batch_size"]
     rows = size // sharding.process_parts(mesh)[1]
-    batches = [random_batch(config, name, rows, vocab, seed) for seed in range(2)]
+    stage = build_stage(config, name, mesh, vocab)
+    batches = [random_batch(config, stage, rows, vocab, seed) for seed in range(2)]
     feed = itertools.cycle(
         Placed(sharding.place_batch(batch, mesh), size, batch["example_id"]) for batch in batches
     )
-    stage = build_stage(config, name, mesh, vocab)
     runs = [Training(config, stage, mesh)]
     runs[0].run(feed, WARM_UP)
     memory = peak_memory()  # before there is a second state
-    if stage.teacher is not None:
+    if stage.teachers:
         plain_config = without_teacher(config, name)
         runs.append(Training(plain_config, build_stage(plain_config, name, mesh, vocab), mesh))
         runs[1].run(feed, WARM_UP)
@@ -155,14 +174,14 @@ def measure_step(config: Config, name: str, mesh: Mesh, repeats: int, steps: int
 def without_teacher(config: Config, name: str) -> Config:
     """The config with the stage's teacher and terms taken out."""
     changed = plain(config)
-    changed["stages"][name] |= {"teacher": "", "terms": {}}
+    changed["stages"][name] |= {"teacher": "", "clip": "", "terms": {}}
     return changed
 
 
 def measure_input(config: Config, name: str, mesh: Mesh, workdir: Path, repeats: int, steps: int) -> Report:
     """Times the pipeline of a config alone, and what a training run waits for it. Prepares the data."""
     dataset = open_dataset(config, workdir)
-    stage = build_stage(config, name, mesh, dataset.vocab_size)
+    stage = build_stage(config, name, mesh, dataset.vocab)
     alone = _pipeline_rate(dataset, stage, config["seed"], mesh, repeats, steps)
     training = Training(config, stage, mesh)
     with Prefetcher(dataset.train_batches(stage, 0, config["seed"], mesh), mesh) as feed:
@@ -170,7 +189,7 @@ def measure_input(config: Config, name: str, mesh: Mesh, workdir: Path, repeats:
         reports = [training.run(feed, steps) for _ in range(repeats)]
     return {
         "batch_size": stage.config["batch_size"],
-        "num_frames": stage.config["num_frames"] or config["data"]["num_frames"],
+        "num_frames": stage.config["num_frames"],
         "image_size": config["data"]["image_size"],
         "clips_per_sec": alone,
         "training_clips_per_sec": spread(report["speed/clips_per_sec"] for report in reports),
@@ -193,7 +212,7 @@ def measure_standard_input(
         **{"max_frames": frames, "num_frames": frames, "image_size": side, "stored_size": side},
     }
     dataset = open_dataset(changed, workdir / "standard_input")
-    stage = build_stage(config, name, mesh, dataset.vocab_size)
+    stage = build_stage(config, name, mesh, dataset.vocab)
     settings = {"num_frames": frames, "max_clips": 0, "captions": "one", "frame_sampling": "uniform"}
     stage = dataclasses.replace(stage, config={**plain(stage.config), **settings})
     return {
@@ -219,12 +238,12 @@ def _pipeline_rate(dataset: Dataset, stage: Stage, seed: int, mesh: Mesh, repeat
 
 def measure_eval(config: Config, name: str, mesh: Mesh, repeats: int, steps: int) -> Report:
     """Times the evaluation of a stage's model on `steps` batches of random clips and as many of captions."""
-    vocab = commands.vocab_size(config)
+    vocab = commands.vocab(config)
     stage = build_stage(config, name, mesh, vocab)
     state = Training(config, stage, mesh).state
-    variables = {"params": state.eval_params["student"], **state.model_state}
+    variables = student_variables(state)
     size = stage.config["eval_batch_size"]
-    batch = random_batch(config, name, size // sharding.process_parts(mesh)[1], vocab)
+    batch = random_batch(config, stage, size // sharding.process_parts(mesh)[1], vocab)
     marks: list[float] = []
 
     def batches(*keys: str) -> Iterator[dict[str, np.ndarray]]:

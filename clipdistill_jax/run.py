@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from jax.sharding import Mesh
 from clipdistill_jax.dataset import Dataset, open_dataset
 from clipdistill_jax.distill.teacher import fingerprint
 from clipdistill_jax.evaluate.evaluator import RetrievalEvaluator
-from clipdistill_jax.experiment import Config, Stage, build_stage, plain, stage_config
+from clipdistill_jax.experiment import Config, Stage, build_stage, plain, stage_config, student_variables
 from clipdistill_jax.report.sizes import model_sizes
+from clipdistill_jax.teachers import load_teachers, training_batches
 from clipdistill_jax.train import checkpoint, sharding
 from clipdistill_jax.train import state as states
 from clipdistill_jax.train.loop import LoopConfig, train
@@ -32,27 +33,51 @@ from clipdistill_jax.train.writers import (
 from clipdistill_jax.weights import read_initial, stage_variables
 
 RESULT = "result.json"
+CACHE = "teacher_cache"
 
 
 def run_stages(config: Config, workdir: Path) -> dict[str, dict[str, Any]]:
     """Runs every stage in order and returns their results; a stage that is done is not run again.
 
+    `config.base` is the folder of another run: its data is used, and the stages that it has finished.
+
     What a stage leaves in `workdir/STAGE`: config.json, launches.jsonl, checkpoints/, metrics.jsonl,
     tensorboard/, scores.npz (of the test split) and, written last, result.json.
     """
     mesh = sharding.make_mesh(**plain(config["mesh"]))
-    dataset = open_dataset(config, workdir)
+    runs = run_folders(config, workdir)
+    dataset = open_dataset(config, runs[-1])
     results: dict[str, dict[str, Any]] = {}
     for name in stage_order(config):
         key = _key(config, name, results)
-        file = workdir / name / RESULT
-        if file.exists() and (done := json.loads(file.read_text()))["key"] == key:
-            logging.info("stage %s is done: %s", name, file)
+        done = _finished(config, name, key, runs)
+        if done is not None:
+            logging.info("stage %s is done: %s", name, done["folder"])
             results[name] = done
             continue
-        stage = build_stage(config, name, mesh, dataset.vocab_size)
-        results[name] = run_stage(config, stage, dataset, mesh, workdir, key)
+        stage = build_stage(config, name, mesh, dataset.vocab)
+        results[name] = run_stage(config, stage, dataset, mesh, runs, key)
     return results
+
+
+def run_folders(config: Config, workdir: Path) -> tuple[Path, ...]:
+    """Where stages are looked for: the run's folder and then its `base`, whose data it uses."""
+    base = config.get("base", "")
+    return (workdir, Path(base).expanduser()) if base else (workdir,)
+
+
+def _finished(config: Config, name: str, key: str, runs: Sequence[Path]) -> dict[str, Any] | None:
+    """The result of a stage that is done, here or in the base. A base's may have had another seed."""
+    wanted = {"key": key, "recipe": _hash(_recipe(config, name))}
+    for run, known_by in zip(runs, ("key", "recipe"), strict=False):
+        file = run / name / RESULT
+        if file.exists():
+            done = json.loads(file.read_text())
+            if done[known_by] == wanted[known_by]:
+                return {**done, "folder": str(file.parent)}
+            if known_by == "recipe":
+                raise ValueError(f"{file.parent} is stage {name!r} of another recipe: choose another base")
+    return None
 
 
 def stage_order(config: Config) -> list[str]:
@@ -77,7 +102,7 @@ def stage_order(config: Config) -> list[str]:
 
 
 def _needs(stage: Config) -> list[str]:
-    sources = plain(stage["init"]).values()
+    sources = [*plain(stage["init"]).values(), stage["clip"]]
     started = [source.removeprefix("stage:") for source in sources if source.startswith("stage:")]
     return [name for name in (*started, stage["teacher"]) if name]
 
@@ -108,7 +133,6 @@ def _recipe(config: Config, name: str) -> dict[str, Any]:
         "model": plain(config[stage["model"]]),
         "data": {field: value for field, value in plain(config["data"]).items() if field not in _CADENCE},
         "world": plain(config["world"]),
-        "seed": config["seed"],
     }
 
 
@@ -116,26 +140,25 @@ def _key(config: Config, name: str, results: Mapping[str, Any]) -> str:
     """What a stage's result depends on: its recipe, its length, the stages before it."""
     stage = stage_config(config, name)
     before = {other: results[other]["key"] for other in _needs(stage)}
-    return _hash([_recipe(config, name), stage["steps"], stage["select"], before])
+    return _hash([_recipe(config, name), config["seed"], stage["steps"], stage["select"], before])
 
 
 def run_stage(
-    config: Config, stage: Stage, dataset: Dataset, mesh: Mesh, workdir: Path, key: str
+    config: Config, stage: Stage, dataset: Dataset, mesh: Mesh, runs: Sequence[Path], key: str
 ) -> dict[str, Any]:
     """Trains a stage, evaluates the selected checkpoint on the test split and writes its result."""
-    folder, settings = run_folder(workdir / stage.name, plain(config)), stage.config
-    frozen: Any = None
-    identity: dict[str, str | None] = {"recipe": _hash(_recipe(config, stage.name)), "teacher": None}
-    if stage.teacher is not None:
-        variables = stage_variables(workdir / settings["teacher"])
-        identity["teacher"] = fingerprint(variables)
-        states.check_same(variables, stage.frozen)
-        frozen = sharding.place_tree(variables, jax.tree.map(lambda x: x.sharding, stage.frozen))
+    folder, settings = run_folder(runs[0] / stage.name, plain(config)), stage.config
+    recipe, seed = _hash(_recipe(config, stage.name)), config["seed"]
+    teachers = load_teachers(stage, dataset, mesh, runs, runs[-1] / CACHE)
+    identity = {"recipe": _hash([recipe, seed]), "teacher": None, "clip": None, **teachers.fingerprints}
     evaluator = RetrievalEvaluator(stage.module, mesh)
 
     def evaluate(state: states.TrainState, step: int) -> dict[str, float]:
-        metrics, _ = evaluator(_variables(state), dataset.split("validation", stage, mesh))
+        metrics, _ = evaluator(student_variables(state), dataset.split("validation", stage, mesh))
         return {f"validation/{name}": value for name, value in metrics.items()}
+
+    def batches(start: int) -> Iterator[Mapping[str, np.ndarray]]:
+        return training_batches(stage, dataset, teachers, seed, mesh, start)
 
     checkpointer = checkpoint.Checkpointer(
         folder / "checkpoints",
@@ -147,9 +170,9 @@ def run_stage(
     logging.info("stage %s: %d steps of %d clips", stage.name, settings["steps"], settings["batch_size"])
     started = time.monotonic()
     finished = train(
-        initial_state(config, stage, mesh, workdir),
+        initial_state(config, stage, mesh, runs),
         stage.step,
-        lambda start: dataset.train_batches(stage, start, config["seed"], mesh),
+        batches,
         LoopConfig(
             steps=settings["steps"],
             log_every=settings["log_every"],
@@ -158,7 +181,7 @@ def run_stage(
             save_minutes=settings["save_minutes"] or None,
         ),
         mesh,
-        frozen=frozen,
+        frozen=teachers.variables,
         writer=on_first_host(lambda: _writer(folder, settings)),
         checkpointer=checkpointer,
         evaluate=evaluate if "validation" in dataset.splits else None,
@@ -167,11 +190,13 @@ def run_stage(
     selected = checkpoint.Checkpointer(folder / "checkpoints", best_metric=settings["select"] or None)
     step = selected.best() or settings["steps"]
     selected.close()
-    variables = stage_variables(workdir / stage.name, step)
+    variables = stage_variables(folder, step)
     metrics, scores = evaluator(variables, dataset.split("test", stage, mesh))
     result = {
         "stage": stage.name,
         "key": key,
+        "recipe": recipe,
+        "seed": seed,
         "step": step,
         "seconds": seconds,
         "fingerprint": fingerprint(variables),
@@ -183,18 +208,18 @@ def run_stage(
         arrays: dict[str, Any] = {"scores": scores, **dataset.describe("test")}
         np.savez_compressed(folder / "scores.npz", **arrays)
         (folder / RESULT).write_text(json.dumps(result, indent=1))
-    return result
+    return {**result, "folder": str(folder)}
 
 
-def initial_state(config: Config, stage: Stage, mesh: Mesh, workdir: Path) -> states.TrainState:
+def initial_state(config: Config, stage: Stage, mesh: Mesh, runs: Sequence[Path]) -> states.TrainState:
     """A stage's state at step 0, with the weights that its `init` names laid over the random ones."""
     key = jax.random.key(config["seed"])
     state = states.create(stage.init, stage.optimizer, mesh, key, **stage.placement)
     init = plain(stage.config["init"])
     if not any(init.values()):
         return state
-    params, model_state = jax.device_get(jax.jit(stage.init)(key))
-    student, model_state = read_initial(init, params["student"], model_state, workdir)
+    params, model_state = sharding.fetch((state.params, state.model_state))
+    student, model_state = read_initial(init, params["student"], model_state, runs)
     return states.with_params(state, {**params, "student": student}, model_state)
 
 
@@ -207,7 +232,3 @@ def _writer(folder: Path, settings: Config) -> MetricWriter:
             TensorBoardWriter(folder / "tensorboard"),
         ]
     )
-
-
-def _variables(state: states.TrainState) -> dict[str, Any]:
-    return {"params": state.eval_params["student"], **state.model_state}

@@ -15,6 +15,7 @@ from clipdistill_jax.experiment import build_stage, plain
 from clipdistill_jax.train import sharding
 
 CONFIG = Path(__file__).with_name("tiny_config.py")
+VOCAB = {"teacher": 600, "student": 600}
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def test_peaks(kind, peak):
 
 
 def test_model_flops(config):
-    stage = build_stage(config, "distilled", sharding.make_mesh(), 600)
+    stage = build_stage(config, "distilled", sharding.make_mesh(), VOCAB)
     work = measure.model_flops(config, stage)
     # Student and teacher are the same model here: three forward passes against one.
     assert work["student"] == 3 * work["teacher"]
@@ -79,7 +80,7 @@ def test_model_flops(config):
     # Norms, softmax and activations come on top: at this width less than as much again.
     assert by_hand < work["teacher"] < 2 * by_hand
     assert (
-        measure.model_flops(config, build_stage(config, "alone", sharding.make_mesh(), 600))["teacher"] == 0
+        measure.model_flops(config, build_stage(config, "alone", sharding.make_mesh(), VOCAB))["teacher"] == 0
     )
 
 
@@ -93,7 +94,8 @@ def test_without_teacher_leaves_the_rest(config):
 
 
 def test_random_batches_fit_the_stage(config):
-    batch = measure.random_batch(config, "alone", 8, 600)
+    stage = build_stage(config, "alone", sharding.make_mesh(), VOCAB)
+    batch = measure.random_batch(config, stage, 8, VOCAB)
     assert batch["frames"].shape == (8, 2, 16, 16, 3) and batch["frames"].dtype == np.uint8
     assert batch["tokens"].max() < 600 and batch["frames"].std() > 60
     assert batch["word_ids"][0].tolist() == [-1, 0, 1, 2, 3, 4, 5, -1]
@@ -135,13 +137,14 @@ class Paced(Dataset):
     """A dataset whose batches take a set time to come."""
 
     def __init__(self, config, seconds):
-        self.vocab_size = 600
-        self._batch, self._seconds = measure.random_batch(config, "alone", 8, 600), seconds
+        self.vocab = VOCAB
+        self._config, self._seconds = config, seconds
 
     def train_batches(self, stage, start, seed, mesh):
+        batch = measure.random_batch(self._config, stage, 8, VOCAB)
         while True:
             time.sleep(self._seconds)
-            yield dict(self._batch)
+            yield dict(batch)
 
 
 def test_input_measures_the_wait(config, monkeypatch, tmp_path):

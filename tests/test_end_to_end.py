@@ -47,7 +47,7 @@ def test_every_stage_leaves_its_results(run):
         assert steps == [1, 2, 3]
         assert 0 <= result["test"]["t2v_R@1"] <= 100 and result["test"]["motion_pairs"] >= 0
         assert np.load(folder / "scores.npz")["scores"].shape == (12, 12)
-        assert json.loads((folder / "result.json").read_text()) == result
+        assert {**json.loads((folder / "result.json").read_text()), "folder": str(folder)} == result
     last = json.loads((workdir / "distilled" / "metrics.jsonl").read_text().splitlines()[-1])
     assert {"train/temporal_loss", "train/spatial_loss", "train/global_loss", "train/task_loss"} <= set(last)
 
@@ -99,7 +99,7 @@ def test_evaluation_batch_size_does_not_change_the_numbers(config, run):
     dataset = open_dataset(changed, workdir)
     for size in (5, 12):
         changed["stages"]["alone"]["eval_batch_size"] = size
-        stage = build_stage(changed, "alone", mesh, dataset.vocab_size)
+        stage = build_stage(changed, "alone", mesh, dataset.vocab)
         metrics, _ = RetrievalEvaluator(stage.module, mesh)(
             stage_variables(workdir / "alone"), dataset.split("test", stage, mesh)
         )
@@ -162,7 +162,7 @@ def test_stages_run_after_those_they_need():
 @pytest.mark.parametrize(
     "change,message",
     [
-        (lambda s: s["distilled"].update(teacher=""), "need a teacher"),
+        (lambda s: s["distilled"].update(teacher=""), "compares with `teacher`, and the stage names none"),
         (lambda s: s["distilled"]["terms"].update(globe={"weight": 1.0}), "'globe' is not one of"),
         (lambda s: s["distilled"].update(model="pupil"), "'teacher' or 'student'"),
         (lambda s: s["alone"]["optimizer"].update(name="adma"), "adma"),
@@ -174,7 +174,7 @@ def test_what_does_not_fit_together_is_told_when_the_stage_is_built(change, mess
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     name = "alone" if "adm" in message else "distilled"
     with pytest.raises(ValueError, match=message):
-        build_stage(config, name, mesh, 520)
+        build_stage(config, name, mesh, {"teacher": 520, "student": 520})
 
 
 @pytest.mark.slow

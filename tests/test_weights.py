@@ -36,7 +36,7 @@ def clip_directory(tmp_path_factory):
 def test_a_hugging_face_directory_fills_both_towers(clip_directory, tmp_path):
     folder, saved = clip_directory
     _, params, _ = variables("teacher", 2)
-    made, _ = read_initial({"model": str(folder)}, params, {}, tmp_path)
+    made, _ = read_initial({"model": str(folder)}, params, {}, (tmp_path,))
     assert equal(made["vision"], saved["vision"]) and equal(made["text"], saved["text"])
     assert equal(made["temporal"], params["temporal"])
 
@@ -44,7 +44,7 @@ def test_a_hugging_face_directory_fills_both_towers(clip_directory, tmp_path):
 def test_one_part_alone(clip_directory, tmp_path):
     folder, saved = clip_directory
     _, params, state = variables("student", 2)
-    made, _ = read_initial({"text": str(folder)}, params, {"batch_stats": state}, tmp_path)
+    made, _ = read_initial({"text": str(folder)}, params, {"batch_stats": state}, (tmp_path,))
     assert equal(made["text"], saved["text"]) and equal(made["vision"], params["vision"])
 
 
@@ -54,14 +54,14 @@ def test_a_temporal_head_can_start_from_the_text_tower(tmp_path):
     folder = tmp_path / "clip"
     hf_clip.save(folder, (model.vision.config, model.text.config), {k: saved[k] for k in PARTS})
     _, params, _ = variables("teacher", 2, text=wide)
-    made, _ = read_initial({"model": str(folder), "temporal": "text"}, params, {}, tmp_path)
+    made, _ = read_initial({"model": str(folder), "temporal": "text"}, params, {}, (tmp_path,))
     assert equal(made["temporal"]["transformer"]["block_0"], saved["text"]["transformer"]["block_0"])
 
 
 def test_positions_are_interpolated_to_the_models_grid(clip_directory, tmp_path):
     folder, saved = clip_directory
     _, params, _ = variables("teacher", 2, patch_size=8, image_size=64)
-    made, _ = read_initial({"model": str(folder)}, params, {}, tmp_path)
+    made, _ = read_initial({"model": str(folder)}, params, {}, (tmp_path,))
     table = made["vision"]["position_embedding"]
     assert table.shape == (65, 16)
     np.testing.assert_array_equal(table[0], saved["vision"]["position_embedding"][0])
@@ -76,7 +76,7 @@ def test_a_vision_tower_of_others_keeps_the_models_projection(tmp_path):
     tensors = mobilevit.to_timm({"params": vision, "batch_stats": stats["vision"]})
     save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, file)
     _, params, state = variables("student", 2)
-    made, moved = read_initial({"vision": str(file)}, params, {"batch_stats": state}, tmp_path)
+    made, moved = read_initial({"vision": str(file)}, params, {"batch_stats": state}, (tmp_path,))
     assert equal(made["vision"]["stem"], theirs["vision"]["stem"])
     assert equal(made["vision"]["embedding"], params["vision"]["embedding"])
     assert equal(moved["batch_stats"]["vision"], stats["vision"])
@@ -92,7 +92,7 @@ def test_a_vision_tower_of_others_keeps_the_models_projection(tmp_path):
 def test_bad_sources_are_named(init, message, tmp_path):
     _, params, _ = variables("teacher", 2)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        read_initial(init, params, {}, tmp_path)
+        read_initial(init, params, {}, (tmp_path,))
 
 
 def test_a_file_that_is_no_known_model_is_refused(tmp_path):
@@ -101,4 +101,4 @@ def test_a_file_that_is_no_known_model_is_refused(tmp_path):
     save_file({"a.weight": np.zeros(3, np.float32)}, tmp_path / "x.safetensors")
     _, params, _ = variables("teacher", 2)
     with pytest.raises(ValueError, match="neither CLIP"):
-        read_initial({"model": str(tmp_path / "x.safetensors")}, params, {}, tmp_path)
+        read_initial({"model": str(tmp_path / "x.safetensors")}, params, {}, (tmp_path,))

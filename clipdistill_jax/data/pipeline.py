@@ -1,5 +1,7 @@
 """Batches of clips and captions from prepared records; each a pure function of its step."""
 
+import hashlib
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -10,7 +12,7 @@ import numpy as np
 
 from clipdistill_jax.data import graph, index
 from clipdistill_jax.data.plan import FRAME_SAMPLING, FrameChoice, Rows, TrainingPlan, padded_ids
-from clipdistill_jax.data.text import Tokenizer, Tokens
+from clipdistill_jax.data.text import Tokenizer
 from clipdistill_jax.data.workers import available_cores
 
 CAPTION_MODES = ("all", "one")
@@ -19,14 +21,18 @@ CAPTION_MODES = ("all", "one")
 class _Split:
     """A split in memory: its captions as ids, and which clip each belongs to. Frames stay on disk."""
 
-    def __init__(self, directory: Path, name: str, tokenizer: Tokenizer, max_tokens: int):
+    def __init__(self, directory: Path, name: str, tokenizers: dict[str, Tokenizer], max_tokens: int):
         self.index = index.read_index(directory, name)
         self.captions_per_clip = np.array([len(captions) for captions in self.index.captions], np.int64)
         self.frames_per_clip = np.array(self.index.num_frames, np.int64)
         self.captions = [caption for captions in self.index.captions for caption in captions]
         clips = np.arange(len(self.index.captions), dtype=np.int32)
         self.clip_of_caption = np.repeat(clips, self.captions_per_clip)
-        self.tokens: Tokens = tokenizer.encode(self.captions, max_tokens)
+        self.text = {
+            f"{prefix}{field}": array
+            for prefix, tokenizer in tokenizers.items()
+            for field, array in tokenizer.encode(self.captions, max_tokens)._asdict().items()
+        }
         self.records = graph.open_records(directory, name)
         if len(self.records) != len(self.index.video_ids):
             raise ValueError(
@@ -41,6 +47,7 @@ class RetrievalData:
     A batch is a dictionary of NumPy arrays; B examples, F frames, T tokens, uint8 RGB frames of H x W:
       frames uint8 [B, F, H, W, 3], frame_mask bool [B, F]: frames in time order, padded with zeros
       tokens int32 [B, T], token_mask bool [B, T], word_ids int32 [B, T]: see `data.text.Tokens`
+      student_tokens, student_token_mask, student_word_ids: of the student's tokenizer, where it has its own
       example_id int32 [B]: the caption's index in the split; clip_id int32 [B]: the clip's
       mask bool [B]: False on the rows that fill an evaluation's last batch
 
@@ -53,6 +60,7 @@ class RetrievalData:
         tokenizer: Tokenizer,
         *,
         max_tokens: int = 32,
+        student: Tokenizer | None = None,
         num_threads: int | None = None,
     ):
         """Opens a folder that `clipdistill_jax.prepare` made. Splits are loaded at their first use.
@@ -61,6 +69,7 @@ class RetrievalData:
           directory: the prepared folder.
           tokenizer: encodes the captions, once a split.
           max_tokens: T, with BOS and EOT (CLIP4Clip uses 32 on MSR-VTT).
+          student: encodes them once more, for a student that reads other tokens; word i is the same in both.
           num_threads: threads that decode frames; one a core when None.
 
         Raises:
@@ -68,14 +77,14 @@ class RetrievalData:
         """
         self.directory = Path(directory)
         self.manifest = index.read_manifest(directory)
-        self._tokenizer = tokenizer
+        self._tokenizers = {"": tokenizer, **({"student_": student} if student else {})}
         self._max_tokens = max_tokens
         self._num_threads = num_threads or available_cores()
         self._loaded: dict[str, _Split] = {}
 
     def _split(self, name: str) -> _Split:
         if name not in self._loaded:
-            self._loaded[name] = _Split(self.directory, name, self._tokenizer, self._max_tokens)
+            self._loaded[name] = _Split(self.directory, name, self._tokenizers, self._max_tokens)
         return self._loaded[name]
 
     def _decoded(
@@ -101,6 +110,13 @@ class RetrievalData:
     def clip_of_caption(self, split: str) -> np.ndarray:
         """int32 [captions]: clip_id by example_id."""
         return self._split(split).clip_of_caption
+
+    def fingerprint(self, split: str) -> str:
+        """Of the split's frames and captions as they are fed: the prepared data, and the captions' ids."""
+        digest = hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode())
+        for name, array in sorted(self._split(split).text.items()):
+            digest.update(f"{name} {array.shape}".encode() + array.tobytes())
+        return digest.hexdigest()[:16]
 
     def num_items(self, split: str = "train", captions: str = "all") -> int:
         """Items of an epoch: captions ("all") or clips ("one")."""
@@ -184,9 +200,24 @@ class RetrievalData:
         The last batch is filled with rows of mask False, clip_id -1 and no frames; all hosts get equally many
         batches.
         """
-        _check_sizes(batch_size, process_index, process_count, num_frames=num_frames, image_size=image_size)
+        _check_sizes(batch_size, process_index, process_count)
+        count = len(self.video_ids(split))
+        ids = padded_ids(count, batch_size, process_index, process_count)
+        return self.clip_batches(split, ids, num_frames=num_frames, image_size=image_size)
+
+    def clip_batches(
+        self, split: str, ids: np.ndarray, *, num_frames: int, image_size: int
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Batches of the clips ids [batches, b]: frames, frame_mask, clip_id, mask; see `batches`.
+
+        An id of -1 gives a row of mask False without frames.
+
+        Raises:
+          ValueError: an argument is out of range, an id too.
+        """
+        _check_sizes(1, 0, 1, num_frames=num_frames, image_size=image_size)
         loaded = self._split(split)
-        ids = padded_ids(len(loaded.index.video_ids), batch_size, process_index, process_count)
+        _check_ids("clip", ids, len(loaded.index.video_ids))
         choice = FrameChoice(loaded.frames_per_clip, num_frames)
 
         def rows(step: int) -> Rows:
@@ -212,16 +243,30 @@ class RetrievalData:
         caption; all hosts get equally many batches.
         """
         _check_sizes(batch_size, process_index, process_count)
+        count = len(self.captions(split))
+        return self.caption_batches(split, padded_ids(count, batch_size, process_index, process_count))
+
+    def caption_batches(self, split: str, ids: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
+        """Batches of the captions ids [batches, b]: tokens ..., example_id, clip_id, mask.
+
+        An id of -1 gives a row of mask False with the split's first caption.
+
+        Raises:
+          ValueError: an id is out of range.
+        """
         loaded = self._split(split)
-        for ids in padded_ids(len(loaded.captions), batch_size, process_index, process_count):
-            rows = np.maximum(ids, 0)
-            clips = loaded.clip_of_caption[rows]
-            yield {
-                **{name: value[rows] for name, value in loaded.tokens._asdict().items()},
-                "example_id": ids.astype(np.int32),
-                "clip_id": np.where(ids >= 0, clips, -1).astype(np.int32),
-                "mask": ids >= 0,
-            }
+        _check_ids("caption", ids, len(loaded.captions))
+        return (_caption_batch(row, loaded) for row in ids)
+
+
+def _caption_batch(ids: np.ndarray, split: _Split) -> dict[str, np.ndarray]:
+    rows = np.maximum(ids, 0)
+    return {
+        **{name: value[rows] for name, value in split.text.items()},
+        "example_id": ids.astype(np.int32),
+        "clip_id": np.where(ids >= 0, split.clip_of_caption[rows], -1).astype(np.int32),
+        "mask": ids >= 0,
+    }
 
 
 def _with_text(row: tuple[np.ndarray, ...], split: _Split) -> dict[str, np.ndarray]:
@@ -229,7 +274,7 @@ def _with_text(row: tuple[np.ndarray, ...], split: _Split) -> dict[str, np.ndarr
     return {
         "frames": frames,
         "frame_mask": frame_mask,
-        **{name: value[caption] for name, value in split.tokens._asdict().items()},
+        **{name: value[caption] for name, value in split.text.items()},
         "example_id": caption.astype(np.int32),
         "clip_id": clip.astype(np.int32),
         "mask": np.ones(len(caption), bool),
@@ -239,6 +284,11 @@ def _with_text(row: tuple[np.ndarray, ...], split: _Split) -> dict[str, np.ndarr
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(choices)}")
+
+
+def _check_ids(what: str, ids: np.ndarray, count: int) -> None:
+    if ids.ndim != 2 or ids.size and not (ids.min() >= -1 and ids.max() < count):
+        raise ValueError(f"{what} ids {ids.shape} must be [batches, b] and lie in -1 .. {count - 1}")
 
 
 def _check_sizes(batch_size: int, process_index: int, process_count: int, **sizes: Any) -> None:

@@ -14,6 +14,7 @@ from clipdistill_jax.models.features import Batch, Features
 Metrics = dict[str, tuple[Array, Array]]
 Student = Callable[[Any, Any, Batch, Any], tuple[Features, Any]]
 Teach = Callable[[Any, Batch], Features]
+_MASK = 1 << 16  # where the terms' random numbers start; the student's chunks count from 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +32,20 @@ def mean_of_valid(values: Float[Array, " b"], valid: Bool[Array, " b"]) -> tuple
     return jnp.sum(jnp.where(valid, values, 0.0)), jnp.sum(valid, dtype=jnp.float32)
 
 
-def check_terms(terms: tuple[WeightedTerm, ...], student: Features, teacher: Features) -> None:
-    """Raises ValueError, with both names, where a term needs a field that a model does not give."""
+def teacher_of(term: nn.Module) -> str:
+    """Which frozen model a term compares the student with: "teacher", or "clip" for raw CLIP."""
+    return term.of  # type: ignore[attr-defined]
+
+
+def check_terms(terms: tuple[WeightedTerm, ...], student: Features, teachers: Mapping[str, Features]) -> None:
+    """Raises ValueError, with both names, where a term needs a model or a field that is not given."""
     for item in terms:
-        needs = item.term.needs  # type: ignore[attr-defined]
-        for who, features in (("student", student), ("teacher", teacher)):
+        needs, of = item.term.needs, teacher_of(item.term)  # type: ignore[attr-defined]
+        if of not in teachers:
+            raise ValueError(
+                f"term {item.name!r} compares with `{of}`, and the stage names none: set its {of!r}"
+            )
+        for who, features in (("student", student), (of, teachers[of])):
             missing = [field for field in needs if field not in features.given()]
             if missing:
                 raise ValueError(
@@ -45,14 +55,14 @@ def check_terms(terms: tuple[WeightedTerm, ...], student: Features, teacher: Fea
 
 
 def init_terms(
-    terms: tuple[WeightedTerm, ...], key: Array, student: Features, teacher: Features
+    terms: tuple[WeightedTerm, ...], key: Array, student: Features, teachers: Mapping[str, Features]
 ) -> dict[str, Any]:
     """Projections of every term that has some: {term name: params}."""
     valid = jnp.ones(student.frame_mask.shape[0], bool)
-    made = {
-        item.name: item.term.init(jax.random.fold_in(key, i), student, teacher, valid).get("params")
-        for i, item in enumerate(terms)
-    }
+    made = {}
+    for i, item in enumerate(terms):
+        rngs = {"params": jax.random.fold_in(key, i), "mask": key}
+        made[item.name] = item.term.init(rngs, student, teachers[teacher_of(item.term)], valid).get("params")
     return {name: params for name, params in made.items() if params}
 
 
@@ -60,22 +70,25 @@ def distillation_loss(
     task: Callable[[Features, Batch], tuple[Float[Array, " b"], Bool[Array, " b"], Mapping[str, Array]]],
     terms: tuple[WeightedTerm, ...],
     student: Student,
-    teacher: Teach | None,
+    teachers: Mapping[str, Teach],
 ):
     """The trainer's loss function.
 
     Args:
       task: (features, batch) -> per-example loss [B], valid [B], more per-example metrics.
-      terms: what to distil; needs a teacher if not empty.
+      terms: what to distil.
       student: (params, model_state, batch, rng) -> (Features, new model_state).
-      teacher: (variables, batch) -> Features; run without gradient.
+      teachers: by name, (variables, batch) -> Features; run without gradient.
 
     Returns:
       loss_fn(params, model_state, frozen, batch, rng, step) -> (loss, (metrics, new model_state)) with
-      params = {"student": ..., "terms": {term: projections}} and frozen the teacher's variables.
+      params = {"student": ..., "terms": {term: projections}} and frozen the teachers' variables by name.
+
+    Raises:
+      ValueError: a term compares with a model that is not among `teachers`.
     """
-    if terms and teacher is None:
-        raise ValueError(f"terms {', '.join(t.name for t in terms)} need a teacher and none is given")
+    if missing := {teacher_of(t.term) for t in terms} - set(teachers):
+        raise ValueError(f"terms {', '.join(t.name for t in terms)} need {', '.join(missing)}: none is given")
 
     def loss_fn(params, model_state, frozen, batch, rng, step):
         features, new_state = student(params["student"], model_state, batch, rng)
@@ -83,17 +96,20 @@ def distillation_loss(
         metrics: Metrics = {name: mean_of_valid(value, valid) for name, value in extra.items()}
         total, count = metrics["task_loss"] = mean_of_valid(values, valid)
         loss = total / jnp.maximum(count, 1)
-        if terms and teacher is not None:
-            target = jax.lax.stop_gradient(teacher(frozen, batch))
-            for item in terms:
-                variables = {"params": params["terms"].get(item.name, {})}
-                values = item.term.apply(variables, features, target, valid)
-                if item.gate is not None:
-                    gate = jax.lax.stop_gradient(item.gate(features, target))
-                    metrics[f"{item.name}_gate"] = mean_of_valid(gate, valid)
-                    values = values * gate
-                total, count = metrics[f"{item.name}_loss"] = mean_of_valid(values, valid)
-                loss = loss + item.weight(step) * total / jnp.maximum(count, 1)
+        targets = {
+            name: jax.lax.stop_gradient(teach(frozen[name], batch)) for name, teach in teachers.items()
+        }
+        for i, item in enumerate(terms):
+            target = targets[teacher_of(item.term)]
+            variables = {"params": params["terms"].get(item.name, {})}
+            rngs = {} if rng is None else {"mask": jax.random.fold_in(rng, _MASK + i)}
+            values = item.term.apply(variables, features, target, valid, rngs=rngs)
+            if item.gate is not None:
+                gate = jax.lax.stop_gradient(item.gate(features, target))
+                metrics[f"{item.name}_gate"] = mean_of_valid(gate, valid)
+                values = values * gate
+            total, count = metrics[f"{item.name}_loss"] = mean_of_valid(values, valid)
+            loss = loss + item.weight(step) * total / jnp.maximum(count, 1)
         return loss, (metrics, new_state)
 
     return loss_fn

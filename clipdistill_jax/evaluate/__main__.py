@@ -55,6 +55,7 @@ def evaluate_stage(folder: Path, split: str, step: int | None = None) -> dict[st
     from clipdistill_jax.dataset import open_dataset
     from clipdistill_jax.evaluate.evaluator import RetrievalEvaluator
     from clipdistill_jax.experiment import build_stage
+    from clipdistill_jax.run import run_folders
     from clipdistill_jax.train import sharding
     from clipdistill_jax.weights import stage_variables
 
@@ -63,11 +64,11 @@ def evaluate_stage(folder: Path, split: str, step: int | None = None) -> dict[st
         raise FileNotFoundError(f"{folder} is not the folder of a stage: it has no config.json")
     config = json.loads((folder / "config.json").read_text())
     variables = stage_variables(folder, step)
-    dataset = open_dataset(config, folder.parent)
+    dataset = open_dataset(config, run_folders(config, folder.parent)[-1])
     if split not in dataset.splits:
         raise KeyError(f"the data has the splits {', '.join(dataset.splits)}, not {split!r}")
     mesh = sharding.make_mesh(**config["mesh"])
-    stage = build_stage(config, folder.name, mesh, dataset.vocab_size)
+    stage = build_stage(config, folder.name, mesh, dataset.vocab)
     return RetrievalEvaluator(stage.module, mesh)(variables, dataset.split(split, stage, mesh))[0]
 
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import Bool, Float, Int
 
 from clipdistill_jax.models.features import Features
+from clipdistill_jax.train.sharding import fetch
 
 RECALLS = (1, 5, 10)
 
@@ -104,19 +104,13 @@ def embed(
     for batch in batches:
         placed = place(batch)
         rows = {name: value for name, value in placed.items() if name != "mask"}
-        parts.append(_fetch((encode(rows), placed["mask"])))
+        parts.append(fetch((encode(rows), placed["mask"])))
     if not parts:
         raise ValueError("there is nothing to embed: no batches")
     return jax.tree.map(
         lambda *leaves: np.concatenate([x[mask] for x, (_, mask) in zip(leaves, parts, strict=True)]),
         *[features for features, _ in parts],
     )
-
-
-def _fetch(tree: Any) -> Any:
-    if jax.process_count() > 1:
-        return multihost_utils.process_allgather(tree, tiled=True)
-    return jax.device_get(tree)
 
 
 def score_matrix(

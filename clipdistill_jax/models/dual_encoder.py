@@ -101,14 +101,14 @@ class DualEncoder(nn.Module):
             text=said.embedding, tokens=said.tokens, token_mask=token_mask, words=words, word_mask=word_mask
         )
 
-    def similarity(self, text: Features, video: Features) -> Float[Array, "t v"]:
+    def similarity(self, text: Features, video: Features, train: bool = False) -> Float[Array, "t v"]:
         """Scaled scores of every text against every clip, in float32.
 
         exp(logit_scale) * cosine for the loose heads; the tight head scores each pair, without a scale
         (CLIP4Clip modules/modeling.py:392-444).
         """
         if isinstance(self.temporal, TightTransf):
-            return self.temporal.scores(text.text, video.frames, video.frame_mask)
+            return self.temporal.scores(text.text, video.frames, video.frame_mask, train)
         return self.scale() * unit(text.text) @ unit(video.video).T
 
     def scale(self) -> Float[Array, ""]:

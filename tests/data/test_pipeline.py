@@ -280,6 +280,14 @@ def test_every_order_is_equally_likely():
     assert abs(again - 1000) < 5 * 29
 
 
+def test_ids_outside_a_split_are_refused(data):
+    for ids in (np.array([[0, 6]]), np.array([[-2, 0]]), np.arange(3)):
+        with pytest.raises(ValueError, match=r"clip ids .* must be \[batches, b\] and lie in -1 .. 5"):
+            data.clip_batches("train", ids, **SHAPE)
+    with pytest.raises(ValueError, match="caption ids"):
+        data.caption_batches("train", np.array([[18]]))
+
+
 def test_one_caption_shows_all_of_them_in_turn():
     counts = [3, 1, 4]
     p = plan(counts, one_caption=True, batch_size=3)

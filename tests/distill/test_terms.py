@@ -94,7 +94,7 @@ def test_global_alignment_by_hand():
     np.testing.assert_allclose(values, [expected, expected], rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", sorted(TERMS))
+@pytest.mark.parametrize("name", ["temporal", "spatial", "global"])
 def test_no_gradient_reaches_the_teacher(name):
     student = features(0)
 
@@ -109,7 +109,7 @@ def test_no_gradient_reaches_the_teacher(name):
         assert not np.any(np.asarray(gradient))
 
 
-@pytest.mark.parametrize("name", sorted(TERMS))
+@pytest.mark.parametrize("name", ["temporal", "spatial", "global"])
 def test_a_copy_of_the_teacher_has_no_loss_and_others_have(name):
     same, other = features(0), features(1)
     valid = jnp.ones(B, bool)
@@ -126,7 +126,7 @@ def make_loss(weight, gate=None):
         return contrastive_loss(seen.similarity, valid), valid, {}
 
     terms = (WeightedTerm("spatial", SpatialKD(), lambda step: weight * step, gate),)
-    return distillation_loss(task, terms, student, lambda frozen, batch: frozen)
+    return distillation_loss(task, terms, student, {"teacher": lambda frozen, batch: frozen})
 
 
 def test_the_sum_is_the_task_and_the_weighted_gated_terms():
@@ -136,7 +136,7 @@ def test_the_sum_is_the_task_and_the_weighted_gated_terms():
     gate = np.array([1.0, 0.0, 1.0, 1.0, 0.0])
     loss_fn = make_loss(0.5, lambda s, t: jnp.asarray(gate, jnp.float32))
     params = {"student": {"scale": jnp.float32(1.0)}, "terms": {}}
-    loss, (metrics, _) = loss_fn(params, {}, teacher, batch, None, 3)
+    loss, (metrics, _) = loss_fn(params, {}, {"teacher": teacher}, batch, None, 3)
     task = np.asarray(contrastive_loss(batch["student"].similarity, jnp.asarray(mask)))
     term = np.asarray(SpatialKD().apply({}, batch["student"], teacher, jnp.ones(B, bool)))
     expected = task[mask].mean() + 0.5 * 3 * (term * gate)[mask].mean()
@@ -146,20 +146,22 @@ def test_the_sum_is_the_task_and_the_weighted_gated_terms():
 
 
 def test_terms_without_a_teacher_are_refused():
-    with pytest.raises(ValueError, match="spatial need a teacher"):
+    with pytest.raises(ValueError, match="spatial need teacher: none is given"):
         distillation_loss(
-            lambda *a: a, (WeightedTerm("spatial", SpatialKD(), lambda s: 1.0),), lambda *a: a, None
+            lambda *a: a, (WeightedTerm("spatial", SpatialKD(), lambda s: 1.0),), lambda *a: a, {}
         )
 
 
 def test_a_field_that_a_model_lacks_is_named():
     terms = (WeightedTerm("temporal", TemporalKD(), lambda step: 1.0),)
     with pytest.raises(ValueError, match="'temporal' needs temporal of the teacher"):
-        check_terms(terms, features(0), features(1).replace(temporal=None))
+        check_terms(terms, features(0), {"teacher": features(1).replace(temporal=None)})
+    with pytest.raises(ValueError, match="compares with `teacher`, and the stage names none"):
+        check_terms(terms, features(0), {"clip": features(1)})
 
 
 def test_init_terms_makes_projections_only_where_widths_differ():
     terms = tuple(WeightedTerm(n, TERMS[n](), lambda step: 1.0) for n in ("temporal", "spatial", "global"))
     student = features(0).replace(frames=features(0, width=3).frames)
-    made = init_terms(terms, jax.random.key(0), student, features(1))
+    made = init_terms(terms, jax.random.key(0), student, {"teacher": features(1)})
     assert set(made) == {"spatial"}

@@ -105,10 +105,11 @@ def one_step(mesh, chunks=1, **placement):
     config = plain(shrink(load_config()))
     config["student"] = {**config["teacher"]}  # no batch norm, whose statistics depend on the chunks
     config["stages"]["distilled"].update(chunks=chunks, **placement)
-    stage = build_stage(config, "distilled", mesh, 520)
+    stage = build_stage(config, "distilled", mesh, {"teacher": 520, "student": 520})
     state = states.create(stage.init, stage.optimizer, mesh, jax.random.key(0), **stage.placement)
     batch = random_batch(2)
-    teacher = jax.jit(lambda key: stage.teacher.init(key, batch, method="complete"))(jax.random.key(7))
+    module = stage.teachers["teacher"].module
+    teacher = {"teacher": jax.jit(lambda key: module.init(key, batch, method="complete"))(jax.random.key(7))}
     frozen = sharding.place_tree(jax.device_get(teacher), jax.tree.map(lambda x: x.sharding, stage.frozen))
     with jax.set_mesh(mesh):
         state, metrics = stage.step(state, frozen, sharding.place_batch(random_batch(), mesh))

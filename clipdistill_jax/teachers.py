@@ -1,0 +1,115 @@
+"""The frozen models of a stage: their weights on the devices, what they are, and their cached vectors."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from clipdistill_jax.dataset import Dataset
+from clipdistill_jax.distill import cache
+from clipdistill_jax.distill.teacher import fingerprint
+from clipdistill_jax.experiment import Config, Frozen, Stage, teacher_cache_spec
+from clipdistill_jax.train import sharding
+from clipdistill_jax.train import state as states
+from clipdistill_jax.weights import find_stage, read_clip, stage_variables
+
+
+class Teachers(NamedTuple):
+    """What a stage trains beside.
+
+    Attributes:
+      variables: {"teacher": ..., "clip": ...} on the devices, as the step takes them.
+      fingerprints: of all their variables, by name.
+      caches: their vectors, where the stage caches.
+    """
+
+    variables: dict[str, Any]
+    fingerprints: dict[str, str]
+    caches: Sequence[cache.TeacherCache]
+
+
+def load_teachers(
+    stage: Stage, dataset: Dataset, mesh: Mesh, runs: Sequence[Path], cache_root: Path
+) -> Teachers:
+    """Reads the frozen models of a stage and, where it caches, computes what is missing of their vectors.
+
+    Args:
+      stage: as built.
+      dataset: whose training split is cached.
+      mesh: of the run.
+      runs: folders in which stages are looked for, see `weights.find_stage`.
+      cache_root: the folder that holds caches; every host sees it.
+
+    Raises:
+      FileNotFoundError: a model is not there.
+      ValueError: its weights do not fit the config; a cache cannot be used.
+    """
+    variables, prints, caches = {}, {}, []
+    for of, model in stage.teachers.items():
+        read = _read(of, model, stage.config, runs)
+        states.check_same(read, model.variables)
+        prints[of] = fingerprint(read)
+        if model.cached:
+            spec = _spec(stage, of, dataset, prints[of])
+            folder = spec.folder(cache_root)
+            _build(stage, model, read, spec, folder, dataset, mesh)
+            caches.append(cache.TeacherCache(folder, spec, of))
+        variables[of] = _place(model.needed(read), model.needed(model.variables))
+    return Teachers(variables, prints, caches)
+
+
+def training_batches(
+    stage: Stage, dataset: Dataset, teachers: Teachers, seed: int, mesh: Mesh, start: int
+) -> Iterator[Mapping[str, np.ndarray]]:
+    """This process's batches from step `start` on, with the cached vectors of their examples."""
+    batches = dataset.train_batches(stage, start, seed, mesh)
+    return cache.join_cached(batches, teachers.caches) if teachers.caches else batches
+
+
+def _read(of: str, model: Frozen, config: Config, runs: Sequence[Path]) -> Any:
+    if of == "clip":
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), model.variables)
+        return read_clip(config["clip"], like, runs)
+    return stage_variables(find_stage(config["teacher"], runs))
+
+
+def _place(read: Any, like: Any) -> Any:
+    return sharding.place_tree(read, jax.tree.map(lambda x: x.sharding, like))
+
+
+def _spec(stage: Stage, of: str, dataset: Dataset, print_: str) -> cache.CacheSpec:
+    clips, captions = dataset.train_sizes(stage)
+    dtype = jnp.dtype(stage.teachers[of].module.vision.dtype).name  # type: ignore[attr-defined]
+    about = {**dataset.identity(stage), "dtype": dtype}
+    return teacher_cache_spec(stage, of, fingerprint=print_, data=about, clips=clips, captions=captions)
+
+
+def _build(
+    stage: Stage, model: Frozen, read: Any, spec: cache.CacheSpec, folder: Path, dataset: Dataset, mesh: Mesh
+) -> None:
+    index, count = sharding.process_parts(mesh)
+    placed = _place(read, model.variables)
+    with jax.set_mesh(mesh):
+        vectors = cache.frozen_vectors(
+            model.module,
+            placed,
+            spec,
+            clips=partial(dataset.train_clips, stage),
+            captions=dataset.train_captions,
+            place=lambda batch: sharding.place_batch(batch, mesh),
+            sharding=sharding.batch_sharding(mesh),
+        )
+        cache.build_cache(
+            folder,
+            spec,
+            vectors,
+            batch_size=stage.config["eval_batch_size"],
+            process_index=index,
+            process_count=count,
+            agree=lambda value: sharding.first_host_says(value),
+        )
