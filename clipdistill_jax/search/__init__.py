@@ -1,0 +1,1 @@
+"""Finding clips of a folder by text, with an exported model: an index of vectors, and queries to it."""
