@@ -58,6 +58,8 @@ def read_config(file: str, overrides: Sequence[str]) -> dict[str, Any]:
     except (AttributeError, KeyError) as error:
         said = str(error.args[0]).replace("\\'", "").replace("\\n", ". ").strip("'\"")
         raise ValueError(f"the config has no such field: {said}") from error
+    except ImportError as error:
+        raise ValueError(f"{file}: {error}; start in the folder that holds configs/") from error
     except (flags.Error, OSError, ValueError) as error:
         raise ValueError(" ".join(str(error).split())) from error
 

@@ -68,14 +68,13 @@ def run_folders(config: Config, workdir: Path) -> tuple[Path, ...]:
 
 def _finished(config: Config, name: str, key: str, runs: Sequence[Path]) -> dict[str, Any] | None:
     """The result of a stage that is done, here or in the base. A base's may have had another seed."""
-    wanted = {"key": key, "recipe": _hash(_recipe(config, name))}
-    for run, known_by in zip(runs, ("key", "recipe"), strict=False):
+    for run, field, wanted in zip(runs, ("key", "origin"), (key, _origin(config, name)), strict=False):
         file = run / name / RESULT
         if file.exists():
             done = json.loads(file.read_text())
-            if done[known_by] == wanted[known_by]:
+            if done[field] == wanted:
                 return {**done, "folder": str(file.parent)}
-            if known_by == "recipe":
+            if field == "origin":
                 raise ValueError(f"{file.parent} is stage {name!r} of another recipe: choose another base")
     return None
 
@@ -128,10 +127,11 @@ def _hash(value: Any) -> str:
 def _recipe(config: Config, name: str) -> dict[str, Any]:
     """What a step of a stage depends on, beside the stages before it."""
     stage = plain(config["stages"][name])
+    others = (*_CADENCE, *(["student_tokenizer"] if stage["model"] == "teacher" else []))
     return {
         "stage": {field: value for field, value in stage.items() if field not in _CADENCE},
         "model": plain(config[stage["model"]]),
-        "data": {field: value for field, value in plain(config["data"]).items() if field not in _CADENCE},
+        "data": {field: value for field, value in plain(config["data"]).items() if field not in others},
         "world": plain(config["world"]),
     }
 
@@ -143,12 +143,19 @@ def _key(config: Config, name: str, results: Mapping[str, Any]) -> str:
     return _hash([_recipe(config, name), config["seed"], stage["steps"], stage["select"], before])
 
 
+def _origin(config: Config, name: str) -> str:
+    """The same but for the seeds."""
+    stage = stage_config(config, name)
+    before = {other: _origin(config, other) for other in _needs(stage)}
+    return _hash([_recipe(config, name), stage["steps"], stage["select"], before])
+
+
 def run_stage(
     config: Config, stage: Stage, dataset: Dataset, mesh: Mesh, runs: Sequence[Path], key: str
 ) -> dict[str, Any]:
     """Trains a stage, evaluates the selected checkpoint on the test split and writes its result."""
     folder, settings = run_folder(runs[0] / stage.name, plain(config)), stage.config
-    recipe, seed = _hash(_recipe(config, stage.name)), config["seed"]
+    recipe, seed = _recipe(config, stage.name), config["seed"]
     teachers = load_teachers(stage, dataset, mesh, runs, runs[-1] / CACHE)
     identity = {"recipe": _hash([recipe, seed]), "teacher": None, "clip": None, **teachers.fingerprints}
     evaluator = RetrievalEvaluator(stage.module, mesh)
@@ -195,7 +202,7 @@ def run_stage(
     result = {
         "stage": stage.name,
         "key": key,
-        "recipe": recipe,
+        "origin": _origin(config, stage.name),
         "seed": seed,
         "step": step,
         "seconds": seconds,

@@ -17,6 +17,7 @@ WIDTH = 96  # of the joint space and of the text towers
 def get_config() -> ConfigDict:
     config = ConfigDict(sort_keys=False)
     config.seed = 0
+    config.base = ""  # folder of another run: its data, and the stages that it has finished, are used
 
     # The embedded world, written as an MSR-VTT tree to WORKDIR/world. To use your own data, set data.source.
     config.world = dict(train=6000, train_small=600, validation=256, test=512, twin_pairs=128, seed=0)

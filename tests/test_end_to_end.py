@@ -91,6 +91,65 @@ def test_another_teacher_is_refused(config, run, tmp_path):
         run_stages(changed, copy)
 
 
+def row(config, base, **stage):
+    """The config of one more student, on the data and teacher of a finished run."""
+    made = plain(config)
+    student = made["stages"]["distilled"] | {"clip": "stage:clip", "teacher": "teacher", **stage}
+    stages = {name: made["stages"][name] for name in ("clip", "teacher")}
+    return {**made, "base": str(base), "stages": {**stages, "student": student}}
+
+
+def curves(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: x for name, x in line.items() if name.startswith("train/")} for line in lines]
+
+
+@pytest.mark.slow
+def test_a_student_of_every_term_on_another_runs_teacher_cached_and_online(config, run, tmp_path):
+    base, before = run
+    layers = dict(weight=1.0, student_layers=(2, 3, 4))
+    terms = {name: layers for name in ("sab", "tab", "ol2ol")} | {
+        name: dict(weight=1.0) for name in ("temporal", "spatial", "global", "local")
+    }
+    terms["sab"] = {**layers, "mask": "random_spatial"}
+    found = {}
+    for cache in (False, True):
+        changed = row(config, base, terms=terms, cache=cache)
+        changed["seed"] = 1  # the base's stages are used all the same
+        results = run_stages(changed, tmp_path / str(cache))
+        assert list(results) == ["clip", "teacher", "student"]
+        assert results["teacher"] == before["teacher"]
+        assert {p.name for p in (tmp_path / str(cache)).iterdir()} == {"student"}
+        found[cache] = curves(tmp_path / str(cache) / "student")
+        write_report(changed, tmp_path / str(cache), results)
+    assert {f"train/{name}_loss" for name in terms} <= set(found[True][0])
+    # The models are of float32, so their vectors are; Adam's first steps magnify what rounding is left.
+    for online, cached, tolerance in zip(found[False], found[True], (1e-5, 1e-2, 1e-2), strict=True):
+        assert cached == pytest.approx(online, rel=tolerance)
+    assert len(list((base / "teacher_cache").iterdir())) == 2  # the teacher's and raw CLIP's
+    changed["world"]["noise"] = 9.0
+    with pytest.raises(ValueError, match="other settings|another recipe"):
+        run_stages(changed, tmp_path / "other")
+
+
+@pytest.mark.slow
+def test_a_student_with_a_tokenizer_of_its_own(config, run, tmp_path):
+    base, _ = run
+    terms = {"global": dict(weight=1.0), "local": dict(weight=1.0)}
+    changed = row(config, base, terms=terms, init={})
+    changed["data"]["student_tokenizer"] = "train:300"
+    changed["student"]["text"] = dict(
+        kind="bert", width=16, layers=1, heads=2, mlp_width=32, projection_dim=16, context_length=32
+    )
+    results = run_stages(changed, tmp_path)
+    assert results["student"]["test"]["t2v_MdR"] >= 1
+    variables = stage_variables(tmp_path / "student")
+    vocab = variables["params"]["text"]["embeddings"]["token_embedding"]["embedding"].shape[0]
+    files = json.loads((base / "student_tokenizer" / "tokenizer.json").read_text())
+    assert vocab == len(files["model"]["vocab"]) != 520
+    assert np.isfinite([line["train/local_loss"] for line in curves(tmp_path / "student")]).all()
+
+
 @pytest.mark.slow
 def test_evaluation_batch_size_does_not_change_the_numbers(config, run):
     workdir, results = run
@@ -179,7 +238,7 @@ def test_what_does_not_fit_together_is_told_when_the_stage_is_built(change, mess
 
 @pytest.mark.slow
 def test_the_msrvtt_config_builds_the_papers_models():
-    config = plain(load_config("msrvtt"))
+    config = plain(load_config("clipping/msrvtt"))
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     teacher = build_stage(config, "teacher", mesh)
     heads = 12_609_536 + 77 * 512  # four blocks of 512 and the frame positions
@@ -188,7 +247,7 @@ def test_the_msrvtt_config_builds_the_papers_models():
     assert teacher.optimizer.parts["student/temporal/position_embedding"].multiplier == 1
     student = build_stage(config, "distilled", mesh)
     assert count(student.template.params["student"]["vision"]) == 4_388_841 + 512 * 512 + 512
-    assert not student.template.params["terms"]  # all widths are 512: nothing to project
+    assert set(student.template.params["terms"]) == {"sab"}  # the other widths are 512: nothing to project
 
 
 def test_the_core_runs_without_tensorflow():

@@ -1,0 +1,79 @@
+"""Reports that are made on their own:
+
+python -m clipdistill_jax.report sizes --config=configs/clipping/msrvtt.py   # parameters, FLOPs a module
+python -m clipdistill_jax.report ablation --workdir=runs/sweep               # what a sweep came to
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from clipdistill_jax import commands
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints a report; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m clipdistill_jax.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    reports = parser.add_subparsers(dest="report", required=True)
+    sizes = reports.add_parser(
+        "sizes", help="parameters and FLOPs of a stage's model, beside CLIPPING's Table 2", allow_abbrev=False
+    )
+    sizes.add_argument("--config", required=True, metavar="FILE", help="FILE or FILE:ARGUMENT")
+    sizes.add_argument("--stage", default="", help="if none is named, the first with a teacher")
+    ablation = reports.add_parser(
+        "ablation", help="rows of a sweep beside CLIPPING's, which orderings hold", allow_abbrev=False
+    )
+    ablation.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="of the sweep")
+    for command in (sizes, ablation):
+        command.add_argument(
+            "--json", type=Path, default=None, metavar="FILE", help="write the numbers there"
+        )
+    args, overrides = parser.parse_known_args(argv)
+    console = Console()
+    try:
+        if args.report == "sizes":
+            _sizes(console, args, overrides)
+        elif overrides:
+            raise ValueError(f"unexpected argument {overrides[0]!r}")
+        else:
+            _ablation(console, args)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _sizes(console: Console, args: argparse.Namespace, overrides: Sequence[str]) -> None:
+    config = commands.read_config(args.config, overrides)
+    from clipdistill_jax.report.sizes import stage_sizes
+
+    table, numbers = stage_sizes(config, commands.stage_name(config, args.stage))
+    console.print(table)
+    commands.write_json(args.json, numbers)
+
+
+def _ablation(console: Console, args: argparse.Namespace) -> None:
+    from clipdistill_jax.report import ablation
+
+    workdir = args.workdir.expanduser()
+    tables, lines = ablation.report(workdir)
+    for table in tables:
+        console.print(table)
+    for line in (*lines, f"The same in markdown: {workdir / 'ablation.md'}"):
+        console.print(line, markup=False, highlight=False)
+    if args.json is not None:
+        scores, failures = ablation.read_sweep(workdir)
+        rows = {row: {m: list(score.values) for m, score in found.items()} for row, found in scores.items()}
+        commands.write_json(args.json, {"rows": rows, "failures": failures})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
