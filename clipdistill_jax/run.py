@@ -46,7 +46,7 @@ def run_stages(config: Config, workdir: Path) -> dict[str, dict[str, Any]]:
     """
     mesh = sharding.make_mesh(**plain(config["mesh"]))
     runs = run_folders(config, workdir)
-    dataset = open_dataset(config, runs[-1])
+    dataset = sharding.first_host_first(lambda: open_dataset(config, runs[-1]))
     results: dict[str, dict[str, Any]] = {}
     for name in stage_order(config):
         key = _key(config, name, results)
@@ -215,6 +215,7 @@ def run_stage(
         arrays: dict[str, Any] = {"scores": scores, **dataset.describe("test")}
         np.savez_compressed(folder / "scores.npz", **arrays)
         (folder / RESULT).write_text(json.dumps(result, indent=1))
+    sharding.wait_for_all()  # the next stage may read it
     return {**result, "folder": str(folder)}
 
 

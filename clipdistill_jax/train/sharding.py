@@ -11,8 +11,8 @@ import logging
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -26,6 +26,8 @@ BATCH_AXES = ("data", "fsdp")
 FSDP_MIN_SIZE = 2**20
 
 Rule = tuple[str, Sequence[Any]]  # (regex on the path, one entry a dimension: axis name(s) or None)
+
+T = TypeVar("T")
 
 
 def path_name(path: Any) -> str:
@@ -254,6 +256,23 @@ def _on_tpu(env: Mapping[str, str]) -> bool:
     if env.get("JAX_PLATFORMS", "tpu").split(",")[0] != "tpu" or importlib.util.find_spec("libtpu") is None:
         return False
     return bool(glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*"))
+
+
+def first_host_first(work: Callable[[], T]) -> T:
+    """Calls `work` on the first host, then on the others: where they share a disk, it is written once."""
+    first = jax.process_index() == 0
+    try:
+        if not first:
+            wait_for_all()
+        return work()
+    finally:
+        if first:
+            wait_for_all()
+
+
+def wait_for_all() -> None:
+    """Returns when every host has called it."""
+    first_host_says(0)
 
 
 def fetch(tree: Any) -> Any:
