@@ -1,5 +1,6 @@
 """Test-wide settings: eight forced CPU devices, run-time shape checks, a compilation cache."""
 
+import logging
 import os
 import tempfile
 from pathlib import Path
@@ -15,6 +16,9 @@ import pytest
 
 # Every shape annotation of the package is checked at run time in the tests.
 jaxtyping.install_import_hook("clipdistill_jax", "beartype.beartype")
+
+# pytest keeps what is logged, and autograph's warnings hold the data iterators of a test in their tracebacks.
+logging.getLogger("tensorflow").setLevel("ERROR")
 
 jax.config.update(
     "jax_compilation_cache_dir", str(Path(tempfile.gettempdir()) / "clipdistill_jax_test_cache")

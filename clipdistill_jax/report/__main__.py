@@ -2,6 +2,7 @@
 
 python -m clipdistill_jax.report sizes --config=configs/clipping/msrvtt.py   # parameters, FLOPs a module
 python -m clipdistill_jax.report ablation --workdir=runs/sweep               # what a sweep came to
+python -m clipdistill_jax.report figures --workdir=runs/quickstart --stages=alone,distilled
 """
 
 import argparse
@@ -12,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from clipdistill_jax import commands
+from clipdistill_jax.report import inspection
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,6 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "ablation", help="rows of a sweep beside CLIPPING's, which orderings hold", allow_abbrev=False
     )
     ablation.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="of the sweep")
+    figures = reports.add_parser(
+        "figures", help="frame-word maps, reconstructions, accuracy against cost", allow_abbrev=False
+    )
+    inspection.arguments(figures)
     for command in (sizes, ablation):
         command.add_argument(
             "--json", type=Path, default=None, metavar="FILE", help="write the numbers there"
@@ -43,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _sizes(console, args, overrides)
         elif overrides:
             raise ValueError(f"unexpected argument {overrides[0]!r}")
+        elif args.report == "figures":
+            console.print(inspection.figures(args), markup=False, highlight=False, soft_wrap=True)
         else:
             _ablation(console, args)
     except (ValueError, OSError, ImportError) as error:

@@ -16,15 +16,13 @@ import matplotlib
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
 from clipdistill_jax.report.scores import Scores
-from clipdistill_jax.report.table import gflops
 
 WIDTH = 4.6  # inches
 DPI = 170
 LINES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (6, 1.5, 1.5, 1.5)), (0, (1.5, 1)))
-MARKERS = ("o", "s", "^", "D", "v", "P")
 CHANCE = 50.0
 
 
@@ -74,16 +72,6 @@ class Line:
     y: Sequence[float | int]
 
 
-@dataclasses.dataclass(frozen=True)
-class Point:
-    """A stage in the plane of cost and quality."""
-
-    label: str
-    index: int
-    flops: float | int
-    recall: float | int
-
-
 def curves(lines: Sequence[Line], ylabel: str, alt: str) -> Picture:
     """Values over training steps."""
 
@@ -97,44 +85,9 @@ def curves(lines: Sequence[Line], ylabel: str, alt: str) -> Picture:
         axes.set_xlabel("training step")
         axes.set_ylabel(ylabel)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        _legend(figure)
+        legend(figure)
 
-    return _picture(draw, 2.6 + 0.19 * len(lines), alt)
-
-
-def accuracy_flops(points: Sequence[Point], arrows: Sequence[tuple[int, int]], metric: str) -> Picture:
-    """Quality against the FLOPs of a clip.
-
-    Args:
-      points: one a stage.
-      arrows: (alone, distilled) places in `points`.
-      metric: name of the recall, for the axis.
-    """
-
-    def draw(figure: Figure, theme: Theme) -> None:
-        axes = figure.add_subplot()
-        for start, end in arrows:
-            xy = [(points[i].flops / 1e9, points[i].recall) for i in (end, start)]
-            arrow = {"arrowstyle": "->", "color": theme.quiet, "shrinkA": 6, "shrinkB": 6}
-            axes.annotate("", xy=xy[0], xytext=xy[1], arrowprops=arrow)
-        for p in points:
-            at, marker = ([p.flops / 1e9], [p.recall]), MARKERS[p.index % len(MARKERS)]
-            (drawn,) = axes.plot(*at, marker, ms=8, color=theme.colour(p.index), label=p.label, zorder=3)
-            drawn.set_clip_on(False)
-        costs = [p.flops / 1e9 for p in points]
-        axes.set_xscale("log")
-        axes.set_xlim(min(costs) / 2, max(costs) * 2)
-        axes.set_ylim(0, max(1.0, 1.15 * max(p.recall for p in points)))
-        few = max(costs) / min(costs) < 30
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: gflops(value * 1e9)))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel("GFLOPs of one clip (log scale)")
-        axes.set_ylabel(f"{metric}, %")
-        _legend(figure)
-
-    said = "; ".join(f"{p.label}: {p.recall:.1f}% at {gflops(p.flops)} GFLOPs" for p in points)
-    return _picture(draw, 2.8 + 0.19 * len(points), f"{metric} against GFLOPs. {said}.")
+    return picture(draw, 2.6 + 0.19 * len(lines), alt)
 
 
 def pair_bars(stages: Mapping[str, Scores], index: Mapping[str, int]) -> Picture:
@@ -172,14 +125,14 @@ def pair_bars(stages: Mapping[str, Scores], index: Mapping[str, int]) -> Picture
         axes.set_xlabel("captions that prefer their own clip to its twin, %")
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
-        _legend(figure)
+        legend(figure)
 
     said = "; ".join(
         f"{label}: {', '.join(f'{k} {v:.0f}%' for k, v in share.items())}" for label, share in shares.items()
     )
     bars = len(counts) * len(shares)
     height = 1.3 + 0.19 * len(shares) + max(0.16 * bars, 0.45 * len(counts))
-    return _picture(draw, height, f"Motion pairs by kind. {said}.")
+    return picture(draw, height, f"Motion pairs by kind. {said}.")
 
 
 def confusion(scores: Scores) -> np.ndarray:
@@ -215,14 +168,14 @@ def pair_confusion(stages: Mapping[str, Scores]) -> Picture:
                 spine.set_visible(False)
 
     said = "; ".join(f"{label}: own clip {t[0, 0]:.0f}% and {t[1, 1]:.0f}%" for label, t in tables.items())
-    return _picture(draw, 2.35 * rows, f"Captions of the first and the second clips of the pairs. {said}.")
+    return picture(draw, 2.35 * rows, f"Captions of the first and the second clips of the pairs. {said}.")
 
 
-def _legend(figure: Figure) -> None:
+def legend(figure: Figure) -> None:
     figure.legend(loc="outside upper left", frameon=False, borderpad=0, handlelength=2.4)
 
 
-def _picture(draw: Callable[[Figure, Theme], None], height: float, alt: str) -> Picture:
+def picture(draw: Callable[[Figure, Theme], None], height: float, alt: str) -> Picture:
     images: list[str] = []
     for theme in (LIGHT, DARK):
         with matplotlib.rc_context(_settings(theme)):

@@ -1,6 +1,5 @@
 """Writes what a run came to: report.md, report.html (one file, nothing outside it), text for the terminal."""
 
-import dataclasses
 import importlib.resources
 import json
 import math
@@ -12,21 +11,13 @@ from typing import Any
 import jinja2
 
 from clipdistill_jax.experiment import Config, plain
-from clipdistill_jax.report import figures, table
-from clipdistill_jax.report.figures import Picture
+from clipdistill_jax.report import figures, table, tradeoff
 from clipdistill_jax.report.gallery import FramesOf, Query, gallery, prepared_frames
 from clipdistill_jax.report.scores import Scores, read_scores
+from clipdistill_jax.report.sections import Panel, read_sections
 
 Results = Mapping[str, Mapping[str, Any]]
 _TASK, _TOTAL, _RECALL = "train/task_loss", "train/loss", "validation/t2v_R@1"
-
-
-@dataclasses.dataclass(frozen=True)
-class Panel:
-    """A figure with its heading."""
-
-    heading: str
-    picture: Picture
 
 
 def write_report(config: Config, workdir: Path, results: Results, frames_of: FramesOf | None = None) -> str:
@@ -34,9 +25,10 @@ def write_report(config: Config, workdir: Path, results: Results, frames_of: Fra
 
     Args:
       config: the run's; a stage may have a `title`.
-      workdir: the run's folder. Of workdir/STAGE it reads metrics.jsonl, scores.npz and launches.jsonl; what
-        they would show is left out where they are missing.
-      results: stage -> its result, as `run.run_stage` gives them, in the order to show.
+      workdir: the run's folder. Of workdir/figures it reads what `write_sections` wrote, of each stage's
+        folder metrics.jsonl, scores.npz and launches.jsonl; what is missing is not shown.
+      results: stage -> its result, as `run.run_stages` gives them, in the order to show. A result's `folder`
+        is the stage's, workdir/STAGE if there is none.
       frames_of: test clip -> uint8 [frames, height, width, 3], for the gallery; None reads the prepared data.
 
     Returns:
@@ -44,10 +36,11 @@ def write_report(config: Config, workdir: Path, results: Results, frames_of: Fra
     """
     settings = plain(config)
     stages = settings["stages"]
-    launches = {name: _lines(workdir / name / "launches.jsonl") for name in results}
+    folders = {name: Path(result.get("folder", workdir / name)) for name, result in results.items()}
+    launches = {name: _lines(folder / "launches.jsonl") for name, folder in folders.items()}
     rows = table.columns(stages, results, {name: len(starts) for name, starts in launches.items()})
     gains = table.gain_lines(stages, results)
-    scores = {name: found for name in results if (found := read_scores(workdir / name / "scores.npz"))}
+    scores = {n: found for n, folder in folders.items() if (found := read_scores(folder / "scores.npz"))}
     if frames_of is None:
         frames_of = _prepared(settings, workdir)
     page = (
@@ -62,8 +55,9 @@ def write_report(config: Config, workdir: Path, results: Results, frames_of: Fra
             clips=max((len(s.video_ids) for s in scores.values()), default=0),
             error=_standard_error(results, scores),
             accuracy=_accuracy(stages, results),
-            losses=_losses(stages, {name: _lines(workdir / name / "metrics.jsonl") for name in results}),
+            losses=_losses(stages, {n: _lines(folder / "metrics.jsonl") for n, folder in folders.items()}),
             pairs=_pairs(stages, results, scores),
+            inspected=read_sections(workdir, results),
             gallery=_gallery(stages, results, scores, frames_of),
             runs=_runs(stages, results, launches),
             machine=_machine(launches),
@@ -120,14 +114,10 @@ def _standard_error(results: Results, scores: Mapping[str, Scores]) -> str:
 def _accuracy(stages: Mapping[str, Any], results: Results) -> list[Panel]:
     order = list(results)
     arrows = [(order.index(c.alone), order.index(c.distilled)) for c in table.comparisons(stages, results)]
-    panels = []
+    rows, panels = {_label(stages, results, name): [result] for name, result in results.items()}, []
     for metric in ("R@1", "R@10"):
-        points = [
-            figures.Point(table.title(stages, name), i, r["sizes"]["flops_clip"], r["test"][f"t2v_{metric}"])
-            for i, (name, r) in enumerate(results.items())
-        ]
-        heading = f"Text to video {metric}"
-        panels.append(Panel(heading, figures.accuracy_flops(points, arrows, heading)))
+        points, heading = tradeoff.cost_points(rows, f"t2v_{metric}"), f"Text to video {metric}"
+        panels.append(Panel(heading, tradeoff.tradeoff(points, arrows, heading)))
     return panels
 
 
@@ -195,7 +185,8 @@ def _gallery(
 
 
 def _prepared(settings: Mapping[str, Any], workdir: Path) -> FramesOf | None:
-    folder = Path(settings["data"]["prepared"] or workdir / "prepared").expanduser()
+    home = settings.get("base") or workdir
+    folder = Path(settings["data"]["prepared"] or Path(home) / "prepared").expanduser()
     return prepared_frames(folder) if (folder / "manifest.json").exists() else None
 
 
