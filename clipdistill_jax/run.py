@@ -75,7 +75,10 @@ def _finished(config: Config, name: str, key: str, runs: Sequence[Path]) -> dict
             if done[field] == wanted:
                 return {**done, "folder": str(file.parent)}
             if field == "origin":
-                raise ValueError(f"{file.parent} is stage {name!r} of another recipe: choose another base")
+                raise ValueError(
+                    f"{file.parent} is stage {name!r} of another recipe: rename the stage here, or take "
+                    "another base"
+                )
     return None
 
 
@@ -198,7 +201,10 @@ def run_stage(
     step = selected.best() or settings["steps"]
     selected.close()
     variables = stage_variables(folder, step)
-    metrics, scores = evaluator(variables, dataset.split("test", stage, mesh))
+    # Where the training had them: what the validation compiled serves the test split too.
+    where = jax.tree.map(lambda x: x.sharding, student_variables(stage.template))
+    placed = sharding.place_tree(variables, where)
+    metrics, scores = evaluator(placed, dataset.split("test", stage, mesh))
     result = {
         "stage": stage.name,
         "key": key,

@@ -69,7 +69,7 @@ def get_config() -> ConfigDict:
     )
 
     # The text tower starts as CLIP's, the vision tower from nothing; a third of the teacher's steps.
-    student = dict(model="student", init=dict(text="stage:clip"), steps=350)
+    student = dict(model="student", init=dict(text="stage:clip"), steps=290)
     config.stages = ConfigDict(
         dict(
             clip=stage(
@@ -82,7 +82,7 @@ def get_config() -> ConfigDict:
                 batch_size=128,
             ),
             teacher=stage(
-                title="teacher (CLIP4Clip)", model="teacher", init=dict(model="stage:clip"), steps=900
+                title="teacher (CLIP4Clip)", model="teacher", init=dict(model="stage:clip"), steps=800
             ),
             alone=stage(title="student alone", **student),
             distilled=stage(
