@@ -1,4 +1,4 @@
-"""A small CLIP4Clip teacher and a smaller student, on the embedded world: about twelve minutes on two cores.
+"""A small CLIP4Clip teacher and a smaller student, on the embedded world: under twelve minutes on two cores.
 
 clip       CLIP from scratch: single frames of many clips with their captions
 teacher    CLIP4Clip: that CLIP, with a temporal transformer, on the same clips as videos
