@@ -5,9 +5,12 @@ To add one: a linen module with `needs`, `of` (the model it compares with: "teac
 """
 
 from clipdistill_jax.distill.bases import LayerToLayer, StudentAsBase, TeacherAsBase
+from clipdistill_jax.distill.clip_td import LanguageKD, VisionKD
+from clipdistill_jax.distill.confidence import ConfidenceGate
 from clipdistill_jax.distill.local import LocalAlignment
 from clipdistill_jax.distill.naive import SpatialKD, TemporalKD
 from clipdistill_jax.distill.similarity import GlobalAlignment
+from clipdistill_jax.distill.tokens import TokenKD
 
 TERMS = {
     "temporal": TemporalKD,
@@ -17,15 +20,22 @@ TERMS = {
     "ol2ol": LayerToLayer,
     "global": GlobalAlignment,
     "local": LocalAlignment,
+    "vision": VisionKD,
+    "language": LanguageKD,
+    "tokens": TokenKD,
 }
 
 __all__ = [
     "TERMS",
+    "ConfidenceGate",
     "GlobalAlignment",
+    "LanguageKD",
     "LayerToLayer",
     "LocalAlignment",
     "SpatialKD",
     "StudentAsBase",
     "TeacherAsBase",
     "TemporalKD",
+    "TokenKD",
+    "VisionKD",
 ]

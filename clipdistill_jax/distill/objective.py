@@ -58,7 +58,7 @@ def init_terms(
     terms: tuple[WeightedTerm, ...], key: Array, student: Features, teachers: Mapping[str, Features]
 ) -> dict[str, Any]:
     """Projections of every term that has some: {term name: params}."""
-    valid = jnp.ones(student.frame_mask.shape[0], bool)
+    valid = jnp.ones(len(next(x for x in jax.tree.leaves(student) if x.ndim)), bool)
     made = {}
     for i, item in enumerate(terms):
         rngs = {"params": jax.random.fold_in(key, i), "mask": key}

@@ -36,6 +36,9 @@ class Features:
       similarity: [B, B] scaled scores of every text of the batch (rows) against every clip (columns).
       attention: [B, layers, heads, T, T] weights, only when asked for.
       logit_scale: scalar; the factor on cosine similarities, already exponentiated.
+      importance: [B(, K), W] share of each word in the importance of its text, 0 for stop words. It comes
+        with the batch (`data.importance`), and so does
+      label: [B] int, index of the right choice; -1 where it is not known.
     """
 
     image: AnyArray = None
@@ -53,6 +56,8 @@ class Features:
     similarity: AnyArray = None
     attention: AnyArray = None
     logit_scale: AnyArray = None
+    importance: AnyArray = None
+    label: AnyArray = None
 
     def given(self) -> frozenset[str]:
         """Names of the fields that are not None."""
