@@ -240,8 +240,14 @@ def cached_example(stage: Stage, size: int) -> Batch:
 
 def teacher_cache_spec(stage: Stage, of: str, **about: Any) -> CacheSpec:
     """What the cache of a stage's frozen model holds; see `distill.cache.cache_spec` for `about`."""
-    sampling = stage.config["frame_sampling"]
-    return cache_spec(stage.teachers[of].features, frame_sampling=sampling, fields=CACHED_FIELDS[of], **about)
+    model = stage.teachers[of]
+    return cache_spec(
+        model.features,
+        frame_sampling=stage.config["frame_sampling"],
+        fields=CACHED_FIELDS[of],
+        dtype=jnp.dtype(model.module.vision.dtype).name,  # type: ignore[attr-defined]
+        **about,
+    )
 
 
 def plain(value: Any) -> Any:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -84,8 +83,7 @@ def _place(read: Any, like: Any) -> Any:
 
 def _spec(stage: Stage, of: str, dataset: Dataset, print_: str) -> cache.CacheSpec:
     clips, captions = dataset.train_sizes(stage)
-    dtype = jnp.dtype(stage.teachers[of].module.vision.dtype).name  # type: ignore[attr-defined]
-    about = {**dataset.identity(stage), "dtype": dtype}
+    about = dataset.identity(stage)
     return teacher_cache_spec(stage, of, fingerprint=print_, data=about, clips=clips, captions=captions)
 
 

@@ -150,9 +150,10 @@ class Paced(Dataset):
 def test_input_measures_the_wait(config, monkeypatch, tmp_path):
     monkeypatch.setattr(measure, "open_dataset", lambda config, workdir: Paced(config, 0.1))
     report = measure.measure_input(config, "alone", sharding.make_mesh(), tmp_path, repeats=2, steps=5)
-    # 8 clips in a tenth of a second at best; the tiny step takes far less than that.
+    # 8 clips in a tenth of a second at best; the tiny step takes far less than that. While training, two of
+    # the five batches may have been ready before the clock started.
     assert 20 < report["clips_per_sec"]["median"] <= 80
-    assert report["training_clips_per_sec"]["median"] <= 82
+    assert report["training_clips_per_sec"]["median"] <= 80 * 5 / 3
     assert report["data_wait"]["median"] > 0.4
 
 
