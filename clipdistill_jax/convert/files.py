@@ -85,7 +85,7 @@ def read_weights(path: str | Path) -> dict[str, np.ndarray]:
         read = safetensors.numpy.load_file
     elif path.suffix == ".msgpack":
         read = _read_msgpack
-    elif re.search(r"\.(pt|pth|bin)(\.\d+)?$", path.name):
+    elif re.search(r"\.(pt|pth|bin|model)(\.\d+)?$", path.name):
         return _read_torch(path, _torch(path))
     else:
         raise ValueError(f"{path}: not a kind of weight file known here (.safetensors, .msgpack, .pt, .bin)")
@@ -132,8 +132,9 @@ def _read_torch(path: Path, torch: ModuleType) -> dict[str, np.ndarray]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path}: torch cannot read it as weights: {error}") from error
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
+    for name in ("state_dict", "model_state"):
+        if isinstance(state, Mapping) and isinstance(state.get(name), Mapping):
+            state = state[name]
     if not isinstance(state, Mapping):
         raise ValueError(f"{path}: holds a {type(state).__name__}, not a dictionary of tensors")
     others = [str(name) for name, x in state.items() if not isinstance(x, torch.Tensor)]

@@ -21,7 +21,7 @@ class Features:
     T tokens, W words, D the joint embedding width, C a layer's own width, h x w its grid.
 
     Attributes:
-      image: [B, D] whole-image vector (CLIP's image embedding; the student's image token).
+      image: [B(, K), D] whole-image vector (CLIP's image embedding; the student's image token).
       frames: [B, F, D] one vector a frame, before any temporal head.
       frame_mask: [B, F] bool, True where a frame is real.
       temporal: [B, F, D] the frame vectors after the temporal head.
@@ -34,7 +34,7 @@ class Features:
       layers: feature maps [B, F, h, w, C] (frames) or [B, h, w, C] (images), shallow to deep.
       logits: [B, K] the model's own scores of the choices.
       similarity: [B, B] scaled scores of every text of the batch (rows) against every clip (columns).
-      attention: [B, layers, heads, T, T] weights, only when asked for.
+      attention: [B(, K), layers, heads, T, T] weights, only when asked for.
       logit_scale: scalar; the factor on cosine similarities, already exponentiated.
       importance: [B(, K), W] share of each word in the importance of its text, 0 for stop words. It comes
         with the batch (`data.importance`), and so does
