@@ -187,6 +187,11 @@ def _jpeg(frame: av.VideoFrame, options: VideoOptions) -> bytes:
     image = frame.to_image()
     if frame.rotation:  # degrees counter-clockwise from stored to shown
         image = image.rotate(frame.rotation, expand=True)
+    return stored_jpeg(image, options)
+
+
+def stored_jpeg(image: Image.Image, options: VideoOptions) -> bytes:
+    """An RGB picture as it is stored: short side `options.size`, or the centre square of that."""
     width, height = image.size
     long_side = int(options.size * max(width, height) / min(width, height))  # truncated, as CLIP does
     shape = (options.size, long_side) if width <= height else (long_side, options.size)

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from clipdistill_jax.data.formats import activitynet, didemo, lsmdc, msrvtt, msvd
+from clipdistill_jax.data.formats import activitynet, didemo, karpathy, lsmdc, msrvtt, msvd
 from clipdistill_jax.data.formats.clips import Clip, ClipSplits, FormatError, Problem
 
 __all__ = ["FORMATS", "Clip", "ClipSplits", "FormatError", "Problem", "reader", "reader_options"]
@@ -17,6 +17,7 @@ FORMATS: dict[str, Callable[..., ClipSplits]] = {
     "didemo": didemo.read,
     "activitynet": activitynet.read,
     "lsmdc": lsmdc.read,
+    "karpathy": karpathy.read,
 }
 
 

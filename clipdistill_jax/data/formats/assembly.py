@@ -127,6 +127,8 @@ def assemble(
     annotations: Sequence[Path],
     problems: list[Problem],
     notes: list[str],
+    *,
+    suffixes: Sequence[str] = VIDEO_SUFFIXES + NAMED_SUFFIXES,
 ) -> ClipSplits:
     """Joins rows and videos; opens no video.
 
@@ -137,6 +139,7 @@ def assemble(
       annotations: the files that were read beside those that the rows name.
       problems: what the reader found; gets what is found here.
       notes: decisions of the reader.
+      suffixes: endings, in small letters, of the files that count as videos.
 
     Raises:
       FileNotFoundError: there are no videos.
@@ -144,7 +147,7 @@ def assemble(
     """
     order = [split for split in ("train", "validation", "test") if split in rows]
     _refuse_shared([(split, row) for split in reversed(order) for row in rows[split]])
-    folder, videos = _find_videos(source, folders, notes)
+    folder, videos = _find_videos(source, folders, suffixes, notes)
     texts = dict.fromkeys([*annotations, *(row.file for split in order for row in rows[split])])
     return ClipSplits(
         splits={split: tuple(_clips(rows[split], split, folder, videos, problems)) for split in order},
@@ -203,7 +206,7 @@ def _key(name: str) -> str:
 
 
 def _find_videos(
-    source: Path, folders: Sequence[str], notes: list[str]
+    source: Path, folders: Sequence[str], suffixes: Sequence[str], notes: list[str]
 ) -> tuple[Path, dict[str, tuple[Path, int]]]:
     """The folder of the videos, and `_key` -> (file, bytes) of each in it."""
     for folder in (source / name for name in folders):
@@ -212,7 +215,7 @@ def _find_videos(
         for parent, inner, names in os.walk(folder):
             inner.sort()  # so that the same file is taken on every machine
             for name in sorted(names):
-                if os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES + NAMED_SUFFIXES:
+                if os.path.splitext(name)[1].lower() in suffixes:
                     path, key = Path(parent, name), _key(name)
                     if key in found:
                         again.append(path)
@@ -224,8 +227,8 @@ def _find_videos(
         if found:
             return folder, found
     raise FileNotFoundError(
-        f"{source}: no videos; expected files such as {{video_id}}.mp4, .webm or .avi in one of "
-        f"{', '.join(folders)}, or in folders below"
+        f"{source}: no {'videos' if '.mp4' in suffixes else 'images'}; expected files such as "
+        f"{{id}}{', '.join(suffixes[:3])} in one of {', '.join(folders)}, or in folders below"
     )
 
 

@@ -33,7 +33,7 @@ class Problem:
 
     Attributes:
       kind: one of "missing_video", "unreadable_video", "empty_caption", "bad_caption", "long_caption",
-        "no_caption", "missing_image".
+        "no_caption", "missing_image", "unreadable_image", "missing_regions".
       split: the split it belongs to, "" where the file does not say.
       file: the file at fault.
       record: the record in words: line, position, video_id.

@@ -10,7 +10,7 @@ import numpy as np
 from clipdistill_jax.data.shapes.world import COLOURS, PLACES, STEPS, Scene, Thing, WorldConfig
 
 
-def _coverage(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def coverage(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Signed closeness of points to a unit shape: positive inside, about one radius wide."""
     if shape == "circle":
         return 1 - np.hypot(x, y)
@@ -63,7 +63,7 @@ def render(scene: Scene, times: Iterable[float], config: WorldConfig) -> np.ndar
         centre = paths[-1] + jitter
         dx = (x[None] - centre[:, 0, None, None]) / radius[:, None, None]
         dy = (y[None] - centre[:, 1, None, None]) / radius[:, None, None]
-        edge = _coverage(thing.shape, dx, dy) * radius[:, None, None] * side
+        edge = coverage(thing.shape, dx, dy) * radius[:, None, None] * side
         alpha = np.clip(0.5 + edge, 0, 1)[..., None]
         frames = frames * (1 - alpha) + colour[:, None, None, :] * alpha
     frames = frames + rng.normal(0, config.noise, frames.shape)

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from clipdistill_jax.data.shapes.world import Scene, WorldConfig, captions, moti
 World = dict[str, list[Scene]]  # by split
 # Sentences of a paragraph, in the formats where a clip's captions are joined to one.
 PARAGRAPH = 2
+_STAMP = "world.json"
 
 
 def write_tree(
@@ -50,10 +52,7 @@ def write_tree(
     """
     folder = Path(folder)
     settings = {**({"format": format} if format else {}), **dataclasses.asdict(config)}
-    stamp, described = folder / "world.json", json.dumps(settings, indent=1)
-    if stamp.exists():
-        if stamp.read_text() != described:
-            raise ValueError(f"{folder} holds a world of other settings ({stamp}): choose another folder")
+    if is_written(folder, settings):
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     world = {
@@ -77,8 +76,29 @@ def write_tree(
     twins = world["test"][: 2 * config.twin_pairs]
     pairs = [[a.video_id, b.video_id, motion_kind(a)] for a, b in zip(twins[::2], twins[1::2], strict=True)]
     (folder / "motion_pairs.json").write_text(json.dumps(pairs))
-    stamp.write_text(described)
+    mark_written(folder, settings)
     return folder
+
+
+def is_written(folder: Path, settings: dict[str, Any]) -> bool:
+    """Whether the folder holds the world of these settings, whole.
+
+    Raises:
+      ValueError: it holds a world of others.
+    """
+    stamp = folder / _STAMP
+    if stamp.exists() and stamp.read_text() != _described(settings):
+        raise ValueError(f"{folder} holds a world of other settings ({stamp}): choose another folder")
+    return stamp.exists()
+
+
+def mark_written(folder: Path, settings: dict[str, Any]) -> None:
+    """Notes that the world of these settings is whole."""
+    (folder / _STAMP).write_text(_described(settings))
+
+
+def _described(settings: dict[str, Any]) -> str:
+    return json.dumps(settings, indent=1)
 
 
 def sentences(world: World, *, train: int, evaluation: int) -> dict[str, list[str]]:
