@@ -25,7 +25,7 @@ from clipdistill_jax.data.regions import MissingRegions, Regions, make_regions
 WIDTH = 2048
 NAMES_KEY = b"__keys__"
 _DTYPES = {f"<{kind}" for kind in ("f2", "f4", "f8", "i2", "i4", "i8")} | {"|i1", "|u1", "|b1"}
-_ARRAYS = ("norm_bb", "boxes", "features", "conf", "soft_labels")
+_ARRAYS = ("norm_bb", "boxes", "features", "conf", "soft_labels", "image")
 
 
 def coco_name(subset: str, image_id: int) -> str:
@@ -223,6 +223,7 @@ def _regions(
         "width": width,
         "conf": arrays.get("conf"),
         "class_probs": arrays.get("soft_labels"),
+        "image": arrays.get("image"),
     }
     if "norm_bb" not in arrays:
         if size is None:
