@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds  # imports TensorFlow only when it writes
@@ -20,29 +20,25 @@ from clipdistill_jax.data.workers import Decoded, decode_clips
 _ALL_FRAMES = 10_000  # the most that VideoOptions allows
 
 
-class ClipRecords(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """Clips of one dataset, each stored once with all its captions.
+class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+    """Records of one dataset, written once in the order of their sources.
 
-    The records read back with `tfds.builder_from_directory(...)` alone, in the order written.
+    They read back with `tfds.builder_from_directory(...)` alone, in the order written.
+
+    Attributes:
+      stored: the features of a record.
     """
 
-    name = "clips"
     code_path = None  # no checksum or citation files lie beside this class
     VERSION = tfds.core.Version("1.0.0")
+    stored: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, *, sources: Mapping[str, Callable[[], Iterator[dict[str, Any]]]], data_dir: Path):
         self._sources = sources
         super().__init__(data_dir=os.fspath(data_dir), file_format="array_record")
 
     def _info(self) -> Any:
-        features = tfds.features.FeaturesDict(
-            {
-                "video_id": tfds.features.Text(),
-                "captions": tfds.features.Sequence(tfds.features.Text()),
-                "frames": tfds.features.Sequence(tfds.features.Image(encoding_format="jpeg")),
-                "timestamps": tfds.features.Sequence(tfds.features.Scalar(np.float32)),
-            }
-        )
+        features = tfds.features.FeaturesDict(dict(self.stored))
         return self.dataset_info_from_configs(features=features, disable_shuffling=True)
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
@@ -50,6 +46,33 @@ class ClipRecords(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # t
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
         return enumerate(self._sources[split]())
+
+
+class ClipRecords(Records, skip_registration=True):  # type: ignore[call-arg]
+    """Clips of one dataset, each stored once with all its captions."""
+
+    name = "clips"
+    stored = {
+        "video_id": tfds.features.Text(),
+        "captions": tfds.features.Sequence(tfds.features.Text()),
+        "frames": tfds.features.Sequence(tfds.features.Image(encoding_format="jpeg")),
+        "timestamps": tfds.features.Sequence(tfds.features.Scalar(np.float32)),
+    }
+
+
+def write(kind: type[Records], data_dir: Path, sources: Mapping[str, Callable[[], Iterator[Any]]]) -> None:
+    """Writes the records of all splits under `data_dir`; they appear there as a whole or not at all.
+
+    Args:
+      kind: whose `name` is the folder that is made, with 1.0.0 in it.
+      data_dir: folder of the TFDS dataset.
+      sources: split -> what gives its records.
+    """
+    import_tensorflow()  # before TFDS does, so that it leaves the accelerators alone
+    tfds.disable_progress_bar()  # the caller shows its own
+    builder = kind(sources=sources, data_dir=data_dir)
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints of downloads, and there are none
+        builder.download_and_prepare()
 
 
 def write_records(
@@ -94,12 +117,8 @@ def write_records(
         if empty:
             raise ValueError(f"the split {split!r} has no readable clip")
 
-    import_tensorflow()  # before TFDS does, so that it leaves the accelerators alone
-    tfds.disable_progress_bar()  # the caller shows its own
     sources = {split: (lambda split=split: source(split)) for split in clips}
-    builder = ClipRecords(sources=sources, data_dir=data_dir)
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints of downloads, and there are none
-        builder.download_and_prepare()
+    write(ClipRecords, data_dir, sources)
 
 
 def _first_seconds(decoded: Decoded, seconds: float | int | None, max_frames: int) -> Decoded:

@@ -33,11 +33,11 @@ def import_tensorflow() -> Any:
     return tf
 
 
-def open_records(directory: Path, split: str) -> Any:
+def open_records(directory: Path, split: str, kind: str = "clips") -> Any:
     """Random access to the serialized records of a split, in the order they were written."""
     import tensorflow_datasets as tfds
 
-    (version,) = (path.parent for path in (directory / "clips").glob("*/dataset_info.json"))
+    (version,) = (path.parent for path in (directory / kind).glob("*/dataset_info.json"))
     return tfds.builder_from_directory(version).as_data_source(split).data_source
 
 
@@ -129,7 +129,7 @@ def _clip_frames(tf: Any, serialized: Any, chosen: Any, num_frames: int, side: i
         serialized, {"frames": tf.io.FixedLenSequenceFeature([], tf.string, allow_missing=True)}
     )
     frames = tf.map_fn(
-        lambda jpeg: _frame(tf, jpeg, side),
+        lambda jpeg: centre_square(tf, jpeg, side),
         tf.gather(parsed["frames"], chosen[chosen >= 0]),
         fn_output_signature=tf.TensorSpec([side, side, 3], tf.uint8),
     )
@@ -137,7 +137,7 @@ def _clip_frames(tf: Any, serialized: Any, chosen: Any, num_frames: int, side: i
     return tf.ensure_shape(frames, [num_frames, side, side, 3])
 
 
-def _frame(tf: Any, jpeg: Any, size: int) -> Any:
+def centre_square(tf: Any, jpeg: Any, size: int) -> Any:
     """The centre square of a JPEG as uint8 [size, size, 3]; bicubic, antialiased, where the sizes differ."""
     height, width, _ = tf.unstack(tf.io.extract_jpeg_shape(jpeg))
     side = tf.minimum(height, width)

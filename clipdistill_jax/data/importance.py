@@ -149,8 +149,12 @@ def write_importance(path: Path, texts: Sequence[str], scores: Sequence[Float32[
     os.replace(partial, path)
 
 
-def read_importance(path: Path, texts: Sequence[str]) -> Importance:
+def read_importance(path: Path, texts: Sequence[str] | None) -> Importance:
     """Reads what `write_importance` stored.
+
+    Args:
+      path: the file.
+      texts: those that it must have been made for; None where the caller knows.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -163,7 +167,9 @@ def read_importance(path: Path, texts: Sequence[str]) -> Importance:
             stored = {name: file[name] for name in ("values", "starts", "texts")}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} cannot be read ({error}): remove it and prepare the data again") from error
-    if stored["texts"].tobytes() != _digest(texts).tobytes() or len(stored["starts"]) != len(texts) + 1:
+    if texts is not None and (
+        stored["texts"].tobytes() != _digest(texts).tobytes() or len(stored["starts"]) != len(texts) + 1
+    ):
         raise ValueError(f"{path} was made for other texts: remove it and prepare the data again")
     return Importance(stored["values"], stored["starts"])
 

@@ -6,12 +6,19 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from clipdistill_jax.data import graph, index
-from clipdistill_jax.data.plan import FRAME_SAMPLING, FrameChoice, Rows, TrainingPlan, padded_ids
+from clipdistill_jax.data.plan import (
+    FRAME_SAMPLING,
+    FrameChoice,
+    Rows,
+    TrainingPlan,
+    check_ids,
+    check_sizes,
+    padded_ids,
+)
 from clipdistill_jax.data.text import Tokenizer
 from clipdistill_jax.data.workers import available_cores
 
@@ -163,7 +170,7 @@ class RetrievalData:
         """
         _check_choice("captions", captions, CAPTION_MODES)
         _check_choice("frame_sampling", frame_sampling, FRAME_SAMPLING)
-        _check_sizes(batch_size, process_index, process_count, num_frames=num_frames, image_size=image_size)
+        check_sizes(batch_size, process_index, process_count, num_frames=num_frames, image_size=image_size)
         if start_step < 0:
             raise ValueError(f"start_step={start_step} must not be negative")
         if max_clips is not None and max_clips < 1:
@@ -200,7 +207,7 @@ class RetrievalData:
         The last batch is filled with rows of mask False, clip_id -1 and no frames; all hosts get equally many
         batches.
         """
-        _check_sizes(batch_size, process_index, process_count)
+        check_sizes(batch_size, process_index, process_count)
         count = len(self.video_ids(split))
         ids = padded_ids(count, batch_size, process_index, process_count)
         return self.clip_batches(split, ids, num_frames=num_frames, image_size=image_size)
@@ -215,9 +222,9 @@ class RetrievalData:
         Raises:
           ValueError: an argument is out of range, an id too.
         """
-        _check_sizes(1, 0, 1, num_frames=num_frames, image_size=image_size)
+        check_sizes(1, 0, 1, num_frames=num_frames, image_size=image_size)
         loaded = self._split(split)
-        _check_ids("clip", ids, len(loaded.index.video_ids))
+        check_ids("clip", ids, len(loaded.index.video_ids))
         choice = FrameChoice(loaded.frames_per_clip, num_frames)
 
         def rows(step: int) -> Rows:
@@ -242,7 +249,7 @@ class RetrievalData:
         The last batch is filled with rows of mask False, whose ids are -1 and whose text is the split's first
         caption; all hosts get equally many batches.
         """
-        _check_sizes(batch_size, process_index, process_count)
+        check_sizes(batch_size, process_index, process_count)
         count = len(self.captions(split))
         return self.caption_batches(split, padded_ids(count, batch_size, process_index, process_count))
 
@@ -255,7 +262,7 @@ class RetrievalData:
           ValueError: an id is out of range.
         """
         loaded = self._split(split)
-        _check_ids("caption", ids, len(loaded.captions))
+        check_ids("caption", ids, len(loaded.captions))
         return (_caption_batch(row, loaded) for row in ids)
 
 
@@ -284,18 +291,3 @@ def _with_text(row: tuple[np.ndarray, ...], split: _Split) -> dict[str, np.ndarr
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(choices)}")
-
-
-def _check_ids(what: str, ids: np.ndarray, count: int) -> None:
-    if ids.ndim != 2 or ids.size and not (ids.min() >= -1 and ids.max() < count):
-        raise ValueError(f"{what} ids {ids.shape} must be [batches, b] and lie in -1 .. {count - 1}")
-
-
-def _check_sizes(batch_size: int, process_index: int, process_count: int, **sizes: Any) -> None:
-    for name, value in {"batch_size": batch_size, "process_count": process_count, **sizes}.items():
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index={process_index} must lie in 0 .. {process_count - 1}")
-    if batch_size % process_count:
-        raise ValueError(f"batch_size={batch_size} must divide over the {process_count} processes")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -127,3 +127,20 @@ def padded_ids(count: int, batch_size: int, process_index: int, process_count: i
     ids = np.full(batches * batch_size, -1, np.int64)
     ids[:count] = np.arange(count)
     return ids.reshape(batches, process_count, -1)[:, process_index]
+
+
+def check_ids(what: str, ids: np.ndarray, count: int) -> None:
+    """Raises ValueError for ids that are not [batches, b], or not in -1 .. count - 1."""
+    if ids.ndim != 2 or ids.size and not (ids.min() >= -1 and ids.max() < count):
+        raise ValueError(f"{what} ids {ids.shape} must be [batches, b] and lie in -1 .. {count - 1}")
+
+
+def check_sizes(batch_size: int, process_index: int, process_count: int, **sizes: Any) -> None:
+    """Raises ValueError for a batch size, a process or another named size out of range."""
+    for name, value in {"batch_size": batch_size, "process_count": process_count, **sizes}.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index={process_index} must lie in 0 .. {process_count - 1}")
+    if batch_size % process_count:
+        raise ValueError(f"batch_size={batch_size} must divide over the {process_count} processes")

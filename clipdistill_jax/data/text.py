@@ -165,6 +165,17 @@ class Tokenizer:
         token_mask = np.arange(max_tokens) < (lengths + 2)[:, None]
         return Tokens(tokens, token_mask, word_ids)
 
+    def encode_words(self, words: Sequence[str]) -> list[list[int]]:
+        """The ids of each word by itself; `encode` gives a text those of its words, one after the other.
+
+        Args:
+          words: as `split_words` gives them, with their case; a string of several gives all their ids.
+        """
+        found = []
+        for start in range(0, len(words), _CHUNK):
+            found += [encoding.ids for encoding in self._encode(list(words[start : start + _CHUNK]))]
+        return found
+
     def _encode(self, texts: list[str]) -> list[tokenizers.Encoding]:
         """Ids and word ids of each text, without special tokens."""
         return self.backend.encode_batch(texts, add_special_tokens=False)

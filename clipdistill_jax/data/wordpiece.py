@@ -35,6 +35,15 @@ class WordPiece(Tokenizer):
         normalizer = self.backend.normalizer
         return normalizer is None or normalizer.normalize_str("A") == "A"
 
+    @property
+    def plain_ids(self) -> range:
+        """Ids of words and their pieces: from "!" on (UNITER prepro.py), else behind the special ones."""
+        first = self.backend.token_to_id("!")
+        if first is None:
+            known = (self.backend.token_to_id(token) for token in SPECIAL)
+            first = 1 + max(number for number in known if number is not None)
+        return range(first, self.vocab_size)
+
     def _encode(self, texts: list[str]) -> list[tokenizers.Encoding]:
         words = split_words(texts, keep_case=self.cased)
         return self.backend.encode_batch(words, is_pretokenized=True, add_special_tokens=False)

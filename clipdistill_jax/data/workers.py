@@ -5,14 +5,17 @@ import multiprocessing
 import os
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
 
 from clipdistill_jax.data.formats import Clip
 from clipdistill_jax.data.video import UnreadableVideo, VideoFrames, VideoOptions, try_read_frames
 
 Decoded = VideoFrames | UnreadableVideo
+J = TypeVar("J")
+R = TypeVar("R")
 
 
 def available_cores() -> int:
@@ -51,6 +54,25 @@ def decode_clips(
                     if future.exception() is not None:
                         pending[k] = (other, _submit(pool, other, options))
             yield clip, decoded
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def in_threads(function: Callable[[J], R], jobs: Iterable[J], *, workers: int) -> Iterator[R]:
+    """function(job) of each job, in order, by `workers` threads; at most four jobs a thread are in memory.
+
+    For work that leaves Python's lock alone, as decoding pictures does. What the function raises is raised.
+    """
+    todo = iter(jobs)
+    pending: deque[Future[R]] = deque()
+    pool = ThreadPoolExecutor(workers)
+    try:
+        while True:
+            for job in itertools.islice(todo, 4 * workers - len(pending)):
+                pending.append(pool.submit(function, job))
+            if not pending:
+                return
+            yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
 

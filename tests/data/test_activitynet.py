@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from clipdistill_jax.data.formats import FormatError
 from clipdistill_jax.data.formats.activitynet import read
 from clipdistill_jax.data.shapes.world import captions
+from tests.data.damage import edit, refused
 from tests.data.small_world import check, touch
 
 
@@ -36,12 +36,6 @@ def root(tmp_path) -> Path:
         tmp_path / "Activity_Videos", *(f"{k}.mp4" for k in "abcx"), "d.mkv", "e.webm", "v_f.mp4", "v_y.mp4"
     )
     return tmp_path
-
-
-def edit(path: Path, change) -> None:
-    data = json.loads(path.read_text())
-    change(data)
-    path.write_text(json.dumps(data))
 
 
 def test_splits_of_a_good_tree(root):
@@ -131,10 +125,8 @@ STRUCTURE = {
 def test_structure_errors_stop(root, name):
     damage, parts = STRUCTURE[name]
     damage(root)
-    with pytest.raises(FormatError) as caught:
+    with refused(*parts):
         read(root, num_validation=0)
-    for part in parts:
-        assert part in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["train_ids.json", "train.json", "val_ids.json", "val_1.json"])

@@ -6,13 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clipdistill_jax.data.formats import FormatError
 from clipdistill_jax.data.formats.didemo import read
 from clipdistill_jax.data.shapes.world import captions
 from clipdistill_jax.data.video import VideoOptions
 from clipdistill_jax.prepare import prepare_dataset
+from tests.data.damage import append, edit, refused
 from tests.data.msrvtt_tree import write_video
 from tests.data.small_world import check, touch
+
+TRAIN = "train_data.json"
 
 
 def moment(name: str, text: str, **more) -> dict:
@@ -35,16 +37,6 @@ def root(tmp_path) -> Path:
     return write_lists(tmp_path)
 
 
-def edit(root: Path, change) -> None:
-    data = json.loads((root / "train_data.json").read_text())
-    change(data)
-    (root / "train_data.json").write_text(json.dumps(data))
-
-
-def append(path: Path, text: str) -> None:
-    path.write_text(path.read_text() + text)
-
-
 def test_splits_of_a_good_tree(root):
     found = read(root)
     assert {split: [c.captions for c in clips] for split, clips in found.splits.items()} == {
@@ -64,8 +56,8 @@ def test_splits_of_a_good_tree(root):
 
 def test_what_is_left_out(root):
     (root / "videos" / "4_d.mp4").unlink()
-    edit(root, lambda data: data[1].update(description=" "))
-    edit(root, lambda data: [m.update(description="") for m in data if m["video"] == "2_b.3gp"])
+    edit(root / TRAIN, lambda data: data[1].update(description=" "))
+    edit(root / TRAIN, lambda data: [m.update(description="") for m in data if m["video"] == "2_b.3gp"])
     assert [(p.kind, p.split, p.file, p.record) for p in read(root).problems] == [
         ("empty_caption", "train", "train_data.json", "[1], video '1@N02_5_a.mov'"),
         ("empty_caption", "train", "train_data.json", "[2], video '2_b.3gp'"),
@@ -95,11 +87,11 @@ STRUCTURE = {
         ["val_data.json, line 1", "cut short"],
     ),
     "no description": (
-        lambda r: edit(r, lambda data: data[2].pop("description")),
+        lambda r: edit(r / TRAIN, lambda data: data[2].pop("description")),
         ["train_data.json, [2]", "'description' is missing"],
     ),
     "video is a number": (
-        lambda r: edit(r, lambda data: data[3].update(video=5)),
+        lambda r: edit(r / TRAIN, lambda data: data[3].update(video=5)),
         ["train_data.json, [3]", "'video' should be a str", "int"],
     ),
 }
@@ -109,10 +101,8 @@ STRUCTURE = {
 def test_structure_errors_stop(root, name):
     damage, parts = STRUCTURE[name]
     damage(root)
-    with pytest.raises(FormatError) as caught:
+    with refused(*parts):
         read(root)
-    for part in parts:
-        assert part in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["train_list.txt", "val_data.json"])

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from clipdistill_jax.data.formats import FormatError
 from clipdistill_jax.data.formats.lsmdc import read
 from clipdistill_jax.data.shapes.world import captions
+from tests.data.damage import append, refused
 from tests.data.small_world import check, touch
 
 TRAIN, VAL, TEST = (
@@ -37,10 +37,6 @@ def root(tmp_path) -> Path:
     (tmp_path / TEST).write_bytes(line(D, "D.").replace("\n", "\r\n").encode())
     touch(tmp_path / "videos", f"0001_One/{A}.avi", f"0001_One/{B}.avi", f"1006_Two/{C}.mp4", f"{D}.avi")
     return tmp_path
-
-
-def append(path: Path, text: str) -> None:
-    path.write_text(path.read_text() + text)
 
 
 def test_splits_of_a_good_tree(root):
@@ -96,10 +92,8 @@ STRUCTURE = {
 def test_structure_errors_stop(root, name):
     damage, parts = STRUCTURE[name]
     damage(root)
-    with pytest.raises(FormatError) as caught:
+    with refused(*parts):
         read(root)
-    for part in parts:
-        assert part in str(caught.value)
 
 
 @pytest.mark.parametrize("name", [TRAIN, VAL, TEST])

@@ -1,13 +1,12 @@
 """The MSR-VTT reader: what it gives, what stops it, what it notes and goes on."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 
-from clipdistill_jax.data.formats import FormatError
 from clipdistill_jax.data.formats.msrvtt import read
+from tests.data.damage import append, edit, refused
 from tests.data.msrvtt_tree import captions_of, write_list, write_tree
 
 TRAIN, VAL, TEST, DATA = (
@@ -24,14 +23,8 @@ def copy(tree, tmp_path) -> Path:
     return Path(shutil.copytree(tree, tmp_path / "copy"))
 
 
-def edit(root: Path, change) -> None:
-    data = json.loads((root / DATA).read_text())
-    change(data)
-    (root / DATA).write_text(json.dumps(data))
-
-
-def append(path: Path, text: str) -> None:
-    path.write_text(path.read_text() + text)
+def edit_data(root: Path, change) -> None:
+    edit(root / DATA, change)
 
 
 def test_splits_of_a_good_tree(tree):
@@ -130,25 +123,25 @@ STRUCTURE = {
         [DATA, "line 1, column", "not valid JSON"],
     ),
     "json is a list": (lambda r: (r / DATA).write_text("[1]"), [DATA, "top level", "'sentences'", "list"]),
-    "no sentences": (lambda r: edit(r, lambda d: d.pop("sentences")), [DATA, "'sentences'", "missing"]),
+    "no sentences": (lambda r: edit_data(r, lambda d: d.pop("sentences")), [DATA, "'sentences'", "missing"]),
     "sentence without caption": (
-        lambda r: edit(r, lambda d: d["sentences"][7].pop("caption")),
+        lambda r: edit_data(r, lambda d: d["sentences"][7].pop("caption")),
         [DATA, "sentences[7]", "'caption'", "missing"],
     ),
     "caption is a number": (
-        lambda r: edit(r, lambda d: d["sentences"][3].update(caption=7)),
+        lambda r: edit_data(r, lambda d: d["sentences"][3].update(caption=7)),
         [DATA, "sentences[3]", "'caption'", "should be a str", "int"],
     ),
     "sentence is a string": (
-        lambda r: edit(r, lambda d: d["sentences"].__setitem__(2, "a caption")),
+        lambda r: edit_data(r, lambda d: d["sentences"].__setitem__(2, "a caption")),
         [DATA, "sentences[2]", "expected an object"],
     ),
     "video listed twice in the json": (
-        lambda r: edit(r, lambda d: d["videos"].append({"video_id": "video3"})),
+        lambda r: edit_data(r, lambda d: d["videos"].append({"video_id": "video3"})),
         [DATA, "videos[11]", "'video3'", "already in", "videos[3]"],
     ),
     "id with dots in the json": (
-        lambda r: edit(r, lambda d: d["sentences"][5].update(video_id="../../etc/passwd")),
+        lambda r: edit_data(r, lambda d: d["sentences"][5].update(video_id="../../etc/passwd")),
         [DATA, "sentences[5]", "'../../etc/passwd'", "refused"],
     ),
     "missing column": (drop_columns, [TEST, "line 1", "video_id, sentence", "video,sentence"]),
@@ -194,10 +187,8 @@ STRUCTURE = {
 def test_structure_errors_stop(copy, name):
     damage, parts = STRUCTURE[name]
     damage(copy)
-    with pytest.raises(FormatError) as caught:
+    with refused(*parts):
         read(copy)
-    for part in parts:
-        assert part in str(caught.value)
 
 
 @pytest.mark.parametrize("name", [TRAIN, TEST, DATA])
@@ -233,7 +224,7 @@ def test_empty_captions_are_left_out(copy):
         for k in (6, 7, 8):
             data["sentences"][k]["caption"] = ""  # all of video2
 
-    edit(copy, empty)
+    edit_data(copy, empty)
     append(copy / TEST, "ret,msr,video0,   \n")
     write_list(copy / TRAIN, [[f"video{k}"] for k in (1, 2, 3)], ["video_id"])
     assert problems(copy) == [
@@ -249,7 +240,7 @@ def test_empty_captions_are_left_out(copy):
 
 
 def test_long_captions_are_kept_and_noted(copy):
-    edit(copy, lambda d: d["sentences"][1].update(caption="word " * 500))
+    edit_data(copy, lambda d: d["sentences"][1].update(caption="word " * 500))
     assert problems(copy) == [("long_caption", "train", TRAIN, "line 2, video_id 'video0'")]
     found = read(copy)
     assert "500 words" in found.problems[0].reason
@@ -258,7 +249,7 @@ def test_long_captions_are_kept_and_noted(copy):
 
 
 def test_captions_that_are_no_unicode_are_left_out(copy):
-    edit(copy, lambda d: d["sentences"][1].update(caption="half a pair \ud83d"))
+    edit_data(copy, lambda d: d["sentences"][1].update(caption="half a pair \ud83d"))
     assert problems(copy) == [("bad_caption", "", DATA, "sentences[1], video_id 'video0'")]
     assert len(read(copy).splits["train"][0].captions) == 2
 

@@ -14,6 +14,7 @@ from clipdistill_jax.data.formats import FormatError
 from clipdistill_jax.data.formats.msvd import _PlainUnpickler, read, read_plain_pickle
 from clipdistill_jax.data.shapes.world import captions
 from clipdistill_jax.evaluate.retrieval import retrieval_metrics
+from tests.data.damage import append, refused
 from tests.data.small_world import WORLD, check, evaluation_split, touch
 
 SAID = {f"v_{k}": [["a", "man", f"{k}"], ["he", "runs"]] for k in range(6)}
@@ -31,10 +32,6 @@ def root(tmp_path) -> Path:
 
 def write(root: Path, data: object) -> None:
     (root / "raw-captions.pkl").write_bytes(pickle.dumps(data))
-
-
-def append(path: Path, text: str) -> None:
-    path.write_text(path.read_text() + text)
 
 
 def test_splits_of_a_good_tree(root):
@@ -123,10 +120,8 @@ STRUCTURE = {
 def test_structure_errors_stop(root, name):
     damage, parts = STRUCTURE[name]
     damage(root)
-    with pytest.raises(FormatError) as caught:
+    with refused(*parts):
         read(root)
-    for part in parts:
-        assert part in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["train_list.txt", "val_list.txt", "test_list.txt", "raw-captions.pkl"])

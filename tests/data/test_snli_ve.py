@@ -9,6 +9,7 @@ import pytest
 from clipdistill_jax.data.formats import FormatError
 from clipdistill_jax.data.formats.listing import make_listing
 from clipdistill_jax.data.formats.snli_ve import LABELS, read, read_pairs
+from tests.data.damage import refused
 
 SPELLINGS = {"train": "Flikr30kID", "dev": "Flickr30K_ID", "test": "Flickr30kID"}
 
@@ -80,10 +81,8 @@ def test_damaged_records(tree, name):
     records = [pair("train", k) for k in range(3)]
     records[1] |= changes
     write_lines(tree / "snli_ve_train.jsonl", records)
-    with pytest.raises(FormatError) as caught:
+    with refused("snli_ve_train.jsonl, line 2, pairID 'train0.jpg#0r1'", *parts):
         read(tree)
-    for part in ["snli_ve_train.jsonl, line 2, pairID 'train0.jpg#0r1'", *parts]:
-        assert part in str(caught.value)
 
 
 def test_no_image_field(tree):

@@ -19,6 +19,7 @@ from clipdistill_jax.data.formats.vcr import (
     render,
     uniter_names,
 )
+from tests.data.damage import refused
 
 OBJECTS = ["person", "person", "car"]
 
@@ -117,10 +118,8 @@ def test_boxes(tree):
 def test_damaged_metadata(tree, changes, parts):
     path = tree / "vcr1images/lsmdc_m/train@0.json"
     path.write_text(json.dumps(metadata(**changes)))
-    with pytest.raises(FormatError) as caught:
+    with refused(str(path), "train.jsonl, line 1", *parts):
         read_boxes(read(tree).splits["train"][0])
-    for part in [str(path), "train.jsonl, line 1", *parts]:
-        assert part in str(caught.value)
 
 
 THREE = [["a"], ["b"], ["c"]]
@@ -156,10 +155,8 @@ def test_damaged_records(tree, name):
     records = [question("train", k) for k in range(4)]
     records[2] |= changes
     write_lines(tree / "train.jsonl", records)
-    with pytest.raises(FormatError) as caught:
+    with refused("train.jsonl, line 3, annot_id 'train-2'", *parts):
         read(tree)
-    for part in ["train.jsonl, line 3, annot_id 'train-2'", *parts]:
-        assert part in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -174,10 +171,8 @@ def test_damaged_records(tree, name):
 )
 def test_damaged_lines(tree, text, parts):
     (tree / "train.jsonl").write_text(text)
-    with pytest.raises(FormatError) as caught:
+    with refused(*parts):
         read(tree)
-    for part in parts:
-        assert part in str(caught.value)
 
 
 def test_file_cut_short_and_not_text(tree):

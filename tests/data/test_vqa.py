@@ -22,6 +22,7 @@ from clipdistill_jax.data.vocabulary import (
     read_vocabulary,
     training_score,
 )
+from tests.data.damage import edit, refused
 
 QUESTIONS, ANNOTATIONS = "v2_OpenEnded_mscoco_{}_questions.json", "v2_mscoco_{}_annotations.json"
 
@@ -66,12 +67,6 @@ def tree(tmp_path) -> Path:
         for n in numbers:
             (tmp_path / subset / f"COCO_{subset}_{n // 10:012}.jpg").write_bytes(b"jpeg")
     return tmp_path
-
-
-def edit(path: Path, change) -> None:
-    data = json.loads(path.read_text())
-    change(data)
-    path.write_text(json.dumps(data))
 
 
 def test_records(tree):
@@ -147,10 +142,8 @@ DAMAGE = {
 def test_damaged_files(tree, name):
     file, change, parts = DAMAGE[name]
     edit(tree / file, change)
-    with pytest.raises(FormatError) as caught:
+    with refused(*parts):
         read(tree)
-    for part in parts:
-        assert part in str(caught.value)
 
 
 def test_missing_files_and_images(tree):

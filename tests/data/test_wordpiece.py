@@ -256,3 +256,16 @@ def test_vocabularies_that_are_not_berts(tmp_path, entries, message):
     _write(tmp_path, entries)
     with pytest.raises(ValueError, match=message):
         Tokenizer.from_dir(tmp_path)
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=TEXTS)
+@example("İstanbul don't 2nd-hand x\u0302!")
+def test_words_one_by_one(small, clip, cased, text):
+    """`encode` puts together what `encode_words` gives for the words."""
+    for tokenizer in (small, clip, cased):
+        (words,) = split_words([text], keep_case=True)
+        whole = by_word(tokenizer, text)
+        apart = tokenizer.encode_words(words)
+        assert {i: ids for i, ids in enumerate(apart) if ids} == whole
+    assert small.encode_words([]) == []
