@@ -114,10 +114,42 @@ def rows_of(state: Mapping[str, Any], name: str, source: str, axis: int = 0) -> 
     return shape[axis]
 
 
-def layers_of(state: Mapping[str, Any], prefix: str) -> int:
-    """Blocks of the encoder whose tensors' names begin with the prefix."""
-    start = f"{prefix}encoder.layer."
-    return len({name.removeprefix(start).split(".")[0] for name in state if name.startswith(start)})
+def sizes_of(
+    state: Mapping[str, Any],
+    tables: str,
+    prefix: str,
+    classes: Mapping[str, tuple[str, str]],
+    heads: Sequence[str],
+    attention_heads: int | None,
+    source: str,
+) -> Tree:
+    """The fields of a `BertConfig`, and the classes of its heads, that tensors tell.
+
+    Args:
+      state: tensors by name.
+      tables: beginning of the names of the tables of words, positions and types.
+      prefix: beginning of the encoder's names.
+      classes: head -> (field, name of the tensor with a row a class).
+      heads: that are read; one whose tensor is missing leaves its field out.
+      attention_heads: None is one for 64 of the width.
+      source: for messages.
+
+    Raises:
+      ValueError: a tensor is missing, or is no matrix.
+    """
+    words, start = f"{tables}word_embeddings.weight", f"{prefix}encoder.layer."
+    width = rows_of(state, words, source, axis=1)
+    told = {field: name for head, (field, name) in classes.items() if head in heads and name in state}
+    return {
+        "vocab_size": rows_of(state, words, source),
+        "context_length": rows_of(state, f"{tables}position_embeddings.weight", source),
+        "types": rows_of(state, f"{tables}token_type_embeddings.weight", source),
+        "width": width,
+        "layers": len({name.removeprefix(start).split(".")[0] for name in state if name.startswith(start)}),
+        "heads": attention_heads or width // 64,
+        "mlp_width": rows_of(state, f"{start}0.intermediate.dense.weight", source),
+        **{field: rows_of(state, name, source) for field, name in told.items()},
+    }
 
 
 def heads_of(

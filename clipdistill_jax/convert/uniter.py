@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clipdistill_jax.convert import files, hf_bert
-from clipdistill_jax.convert.partial import heads_of, layers_of, read_partly, rows_of, tidy
+from clipdistill_jax.convert.partial import heads_of, read_partly, rows_of, sizes_of, tidy
 from clipdistill_jax.convert.rules import Rule, dense, norm, same, to_theirs, under
 from clipdistill_jax.models.joint import LABELS, param_shapes
 from clipdistill_jax.models.uniter import Uniter, UniterConfig
@@ -107,23 +107,10 @@ def from_state_dict(
     if heads is None and "ve" in kept:  # one name for two heads
         other = "vqa" if len(state[ANSWERS]) == LABELS else "ve"
         kept = tuple(name for name in kept if name != other)
-    width = rows_of(state, WORDS, source, axis=1)
     classes = {"vqa": ("answers", ANSWERS), "mrc": ("region_classes", REGION_CLASSES)}
-    outputs: dict[str, Any] = {
-        field: rows_of(state, name, source)
-        for head, (field, name) in classes.items()
-        if head in kept and name in state
-    }
     config = UniterConfig(
-        vocab_size=rows_of(state, WORDS, source),
-        context_length=rows_of(state, "uniter.embeddings.position_embeddings.weight", source),
-        types=rows_of(state, "uniter.embeddings.token_type_embeddings.weight", source),
-        width=width,
-        layers=layers_of(state, "uniter."),
-        heads=attention_heads or width // 64,
-        mlp_width=rows_of(state, "uniter.encoder.layer.0.intermediate.dense.weight", source),
+        **sizes_of(state, "uniter.embeddings.", "uniter.", classes, kept, attention_heads, source),
         feature_width=rows_of(state, FEATURES, source, axis=1),
-        **outputs,
     )
     shapes = param_shapes(Uniter(config, kept))
     table = rules(config.layers, kept)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clipdistill_jax.convert import files, hf_bert
-from clipdistill_jax.convert.partial import heads_of, layers_of, read_partly, rows_of, tidy
+from clipdistill_jax.convert.partial import heads_of, read_partly, rows_of, sizes_of, tidy
 from clipdistill_jax.convert.rules import Rule, dense, norm, same, to_theirs, under
 from clipdistill_jax.models.joint import param_shapes
 from clipdistill_jax.models.vl_bert import VlBert, VlBertConfig
@@ -132,28 +132,15 @@ def from_state_dict(
     if heads is None and "ve" in kept:  # one name for two heads
         other = "ve" if len(state["final_mlp.1.weight"]) == 1 else "vcr"
         kept = tuple(name for name in kept if name != other)
-    width = rows_of(state, WORDS, source, axis=1)
     classes = {
         "vqa": ("answers", "final_mlp.2.weight"),
         "mrc": ("region_classes", "vlbert.mvrc_head.region_cls_pred.weight"),
         "objects": ("object_classes", "cnn_loss_reg.2.weight"),
     }
-    outputs: dict[str, Any] = {
-        field: rows_of(state, name, source)
-        for head, (field, name) in classes.items()
-        if head in kept and name in state
-    }
     config = VlBertConfig(
-        vocab_size=rows_of(state, WORDS, source),
-        context_length=rows_of(state, "vlbert.position_embeddings.weight", source),
-        types=rows_of(state, "vlbert.token_type_embeddings.weight", source),
-        width=width,
-        layers=layers_of(state, "vlbert."),
-        heads=attention_heads or width // 64,
-        mlp_width=rows_of(state, "vlbert.encoder.layer.0.intermediate.dense.weight", source),
+        **sizes_of(state, "vlbert.", "vlbert.", classes, kept, attention_heads, source),
         feature_width=rows_of(state, OBJECTS, source, axis=1) - 8 * waves,
         waves=waves,
-        **outputs,
     )
     shapes = param_shapes(VlBert(config, kept))
     table = rules(config.layers, kept)

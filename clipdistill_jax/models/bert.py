@@ -43,11 +43,12 @@ class BertConfig:
     attention_dropout: float = 0.1
 
 
+LARGE: dict[str, Any] = {"width": 1024, "layers": 24, "heads": 16, "mlp_width": 4096}
 PRESETS: dict[str, BertConfig] = {
     # huawei-noah/TinyBERT_General_4L_312D config.json.
     "tiny_4x312": BertConfig(width=312, layers=4, heads=12, mlp_width=1200),
     "base": BertConfig(),
-    "large": BertConfig(width=1024, layers=24, heads=16, mlp_width=4096),
+    "large": BertConfig(**LARGE),
 }
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from clipdistill_jax.models.bert import INIT, BertConfig, BertEmbeddings, BertEncoder, BertPooler
+from clipdistill_jax.models.bert import INIT, LARGE, BertConfig, BertEmbeddings, BertEncoder, BertPooler
 from clipdistill_jax.models.features import Batch
 from clipdistill_jax.models.heads import (
     Classifier,
@@ -61,7 +61,7 @@ class UniterConfig(BertConfig):
 
 PRESETS: dict[str, UniterConfig] = {
     "base": UniterConfig(),
-    "large": UniterConfig(width=1024, layers=24, heads=16, mlp_width=4096),
+    "large": UniterConfig(**LARGE),
 }
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from clipdistill_jax.models.bert import INIT, BertConfig, BertEmbeddings, BertEncoder, BertPooler
+from clipdistill_jax.models.bert import INIT, LARGE, BertConfig, BertEmbeddings, BertEncoder, BertPooler
 from clipdistill_jax.models.features import Batch
 from clipdistill_jax.models.heads import Linear, MaskedLanguage, TransformedClasses
 from clipdistill_jax.models.image import AnyArray
@@ -65,7 +65,7 @@ class VlBertConfig(BertConfig):
 
 PRESETS: dict[str, VlBertConfig] = {
     "base": VlBertConfig(),
-    "large": VlBertConfig(width=1024, layers=24, heads=16, mlp_width=4096),
+    "large": VlBertConfig(**LARGE),
 }
 
 

@@ -1,6 +1,12 @@
-"""Names and shapes in torch's spelling, and a post-norm encoder of torch's own, for tests of checkpoints."""
+"""Names and shapes in torch's spelling, an encoder of torch's own, comparisons of trees and of states."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
+
+from clipdistill_jax.models.bert import BertConfig, param_shapes
+from tests.models import joint_cases as cases
 
 
 def dense(name, out, into):
@@ -66,7 +72,61 @@ def torch_encoder(state, prefix, c):
     return run
 
 
+def compared_with_torch(state, prefix, model, params, batch, end=0):
+    """Compares states with `torch_encoder`'s, in the original's layout: the real part of one text at a time.
+
+    Args:
+      end: positions after the regions.
+
+    Yields:
+      A text's "vcr" output, and what torch's states pool to.
+    """
+    encode = torch_encoder(state, prefix, model.config)
+    features = cases.jitted(model)(params, batch)
+    embedded, mask = cases.jitted(model, method="embed")(params, batch)
+    for row, (example, choice) in enumerate(np.ndindex(2, 3)):
+        states = encode(np.asarray(embedded[row])[np.asarray(mask[row])])
+        length, count = cases.LENGTHS[example, choice], cases.REGIONS[example]
+        assert len(states) == length + count + end
+        close(features.tokens[example, choice, :length], states[:length])
+        close(features.regions[example, choice, :count], states[length : length + count])
+        yield features.outputs["vcr"][example, choice], cases.pooled(cases.float64(params), states[0])
+
+
+def random_bert():
+    """Parameters of a BERT with the tables of `cases.BERT` and two layers."""
+    shapes, rng = param_shapes(BertConfig(**{**cases.BERT, "layers": 2})), np.random.default_rng(3)
+    return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
+
+
+def flax_model(kind, folder):
+    """transformers' Flax model of that name with the weights of a folder of torch's."""
+    transformers = pytest.importorskip("transformers", reason="parity with transformers' models")
+    if not hasattr(transformers, kind):
+        pytest.skip("transformers 5 has no Flax models")
+    kind = getattr(transformers, kind)
+    initialise = kind.init_weights
+
+    def zeros(self, key, input_shape, params=None):
+        """Stands in for the slow random initialisation; every parameter is overwritten from the file."""
+        shapes = jax.eval_shape(lambda key: initialise(self, key, input_shape), key)
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, "init_weights", zeros)
+        return kind.from_pretrained(folder, from_pt=True)
+
+
+def close(ours, theirs, atol=1e-5):
+    np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), rtol=0, atol=atol)
+
+
 def same(found, expected):
     assert set(found) == set(expected)
     for name, x in expected.items():
         np.testing.assert_array_equal(found[name], x, err_msg=name)
+
+
+def same_tree(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)

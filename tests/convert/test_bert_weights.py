@@ -12,6 +12,7 @@ import safetensors.numpy
 from clipdistill_jax.convert import hf_bert
 from clipdistill_jax.models.bert import PRESETS, BertConfig, BertEmbeddings, BertEncoder, BertPooler
 from clipdistill_jax.models.bert_text import BertText
+from tests.convert.originals import close, flax_model, same_tree
 
 torch = pytest.importorskip("torch", reason="parity with transformers' torch models")
 transformers = pytest.importorskip("transformers", reason="parity with transformers' models")
@@ -91,15 +92,6 @@ def theirs_of(model, inputs):
         )
 
 
-def close(ours, theirs, atol=1e-5):
-    np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), rtol=0, atol=atol)
-
-
-def same_tree(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
 def test_everything_equals_torch(model, inputs):
     config, params = hf_bert.from_state_dict(model.state_dict(), model.config.to_dict())
     assert config == CONFIG
@@ -150,19 +142,7 @@ def test_every_format_gives_the_same_parameters(model, folder, tmp_path):
 
 
 def test_flax_files_give_the_same_parameters(folder, tmp_path):
-    if not hasattr(transformers, "FlaxBertModel"):
-        pytest.skip("transformers 5 has no Flax models")
-    kind = transformers.FlaxBertModel
-    initialise = kind.init_weights
-
-    def zeros(self, key, input_shape, params=None):
-        """Stands in for the slow random initialisation; every parameter is overwritten from the file."""
-        shapes = jax.eval_shape(lambda key: initialise(self, key, input_shape), key)
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kind, "init_weights", zeros)
-        kind.from_pretrained(folder, from_pt=True).save_pretrained(tmp_path)
+    flax_model("FlaxBertModel", folder).save_pretrained(tmp_path)
     assert (tmp_path / "flax_model.msgpack").is_file()
     same_tree(hf_bert.load(tmp_path)[1], hf_bert.load(folder)[1])
 

@@ -16,6 +16,7 @@ from clipdistill_jax.models.clip import (
     ClipVisionConfig,
     interpolate_positions,
 )
+from tests.convert.originals import close, flax_model, same_tree
 
 torch = pytest.importorskip("torch", reason="parity with transformers' torch models")
 transformers = pytest.importorskip("transformers", reason="parity with transformers' models")
@@ -96,20 +97,8 @@ def folder(model, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def flax_model(folder):
-    if not hasattr(transformers, "FlaxCLIPModel"):
-        pytest.skip("transformers 5 has no Flax models")
-    kind = transformers.FlaxCLIPModel
-    initialise = kind.init_weights
-
-    def zeros(self, key, input_shape, params=None):
-        """Stands in for the slow random initialisation; every parameter is overwritten from the file."""
-        shapes = jax.eval_shape(lambda key: initialise(self, key, input_shape), key)
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kind, "init_weights", zeros)
-        return kind.from_pretrained(folder, from_pt=True)
+def by_flax(folder):
+    return flax_model("FlaxCLIPModel", folder)
 
 
 def run(vision, text, params, inputs):
@@ -129,17 +118,8 @@ def torch_outputs(model, inputs):
         )
 
 
-def close(ours, theirs, atol=1e-5):
-    np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), rtol=0, atol=atol)
-
-
 def unit(x):
     return np.asarray(x) / np.linalg.norm(x, axis=-1, keepdims=True)
-
-
-def same_tree(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 @pytest.mark.parametrize("act, ln_eps", [("quick_gelu", 1e-5), ("gelu", 1e-3)])
@@ -166,20 +146,20 @@ def test_towers_equal_torch_in_every_hidden_state(act, ln_eps, inputs):
     close(logits, expected.logits_per_text, atol=1e-4)  # scale 14: 1e-5 relative to the largest possible
 
 
-def test_towers_equal_flax_in_every_hidden_state(flax_model, folder, inputs):
+def test_towers_equal_flax_in_every_hidden_state(by_flax, folder, inputs):
     seen, said = run(*hf_clip.load(folder), inputs)
     pixels, tokens, _ = inputs
 
     @jax.jit
     def forward(weights):
-        return flax_model(
+        return by_flax(
             pixel_values=jnp.asarray(pixels.transpose(0, 3, 1, 2)),
             input_ids=tokens,
             params=weights,
             output_hidden_states=True,
         )
 
-    expected = forward(flax_model.params)
+    expected = forward(by_flax.params)
     for ours, theirs in zip(seen.hidden, expected.vision_model_output.hidden_states, strict=True):
         close(ours, theirs)
     for ours, theirs in zip(said.hidden, expected.text_model_output.hidden_states, strict=True):
@@ -188,7 +168,7 @@ def test_towers_equal_flax_in_every_hidden_state(flax_model, folder, inputs):
     close(unit(said.embedding), expected.text_embeds)
 
 
-def test_every_format_gives_the_same_parameters(model, flax_model, folder, tmp_path):
+def test_every_format_gives_the_same_parameters(model, by_flax, folder, tmp_path):
     expected = hf_clip.load(folder)
     assert (folder / "model.safetensors").is_file()
 
@@ -199,7 +179,7 @@ def test_every_format_gives_the_same_parameters(model, flax_model, folder, tmp_p
     model.save_pretrained(sharded, max_shard_size="200KB")
     assert len(list(sharded.glob("*.safetensors"))) > 2
     flax_folder = tmp_path / "flax"
-    flax_model.save_pretrained(flax_folder)
+    by_flax.save_pretrained(flax_folder)
     assert (flax_folder / "flax_model.msgpack").is_file()
     for other in (torch_folder, sharded, flax_folder):
         vision, text, params = hf_clip.load(str(other))

@@ -7,6 +7,7 @@ import pytest
 from clipdistill_jax.convert import files, openai_clip
 from clipdistill_jax.convert.rules import Rule, to_theirs
 from clipdistill_jax.models.clip import ClipText, ClipTextConfig, ClipVision, ClipVisionConfig
+from tests.convert.originals import close, same_tree
 
 torch = pytest.importorskip("torch", reason="parity with torch's fused attention")
 
@@ -34,15 +35,6 @@ def inputs():
     token_mask = np.arange(10) < np.array([[10], [7], [2]])
     tokens[np.arange(3), token_mask.sum(-1) - 1] = 59
     return pixels, np.where(token_mask, tokens, 0), token_mask
-
-
-def close(ours, theirs):
-    np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), rtol=0, atol=1e-5)
-
-
-def same_tree(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def openai_forward(state, pixels, tokens):

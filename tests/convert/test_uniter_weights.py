@@ -8,24 +8,11 @@ import pytest
 
 from clipdistill_jax.convert import uniter
 from clipdistill_jax.convert.partial import fill, start_from_bert
-from clipdistill_jax.models.bert import BertConfig
-from clipdistill_jax.models.bert import param_shapes as bert_shapes
 from clipdistill_jax.models.uniter import Uniter, UniterConfig
-from tests.convert.originals import blocks, dense, norm, random_state, same, torch_encoder
+from tests.convert.originals import blocks, compared_with_torch, dense, norm, random_bert, random_state, same
 from tests.models import joint_cases as cases
 
-CONFIG = UniterConfig(
-    vocab_size=30,
-    context_length=9,
-    types=2,
-    width=16,
-    layers=2,
-    heads=2,
-    mlp_width=24,
-    feature_width=cases.FEATURES,
-    answers=11,
-    region_classes=5,
-)
+CONFIG = dataclasses.replace(cases.UNITER, types=2, layers=2)
 PRETRAINING = ("mlm", "mrfr", "mrc", "itm")
 WORDS, FEATURES = "uniter.embeddings.word_embeddings.weight", "uniter.img_embeddings.img_linear.weight"
 
@@ -202,9 +189,7 @@ def test_enlarging_keeps_the_masked_language_head():
 
 
 def test_warm_start_from_bert():
-    config = BertConfig(vocab_size=30, context_length=9, width=16, layers=2, heads=2, mlp_width=24)
-    rng = np.random.default_rng(3)
-    bert = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), bert_shapes(config))
+    bert = random_bert()
     like = cases.random_params(Uniter(dataclasses.replace(CONFIG, vocab_size=33, types=4), ("vcr",)))
     made = start_from_bert(bert, like, "bert")
     jax.tree.map(np.testing.assert_array_equal, made["encoder"], bert["encoder"])
@@ -226,19 +211,9 @@ def test_states_equal_torch_in_the_originals_compact_layout():
     """Text and regions without a gap, one text at a time, through an encoder of torch's own."""
     pytest.importorskip("torch", reason="parity with torch's encoder")
     state = checkpoint(CONFIG, ("vcr",))
-    encode = torch_encoder(state, "uniter.", CONFIG)
     found = read(state)
-    ours = Uniter(found.config, found.heads)
+    model, head = Uniter(found.config, found.heads), cases.float64(found.params["vcr"])
     batch = cases.make_batch(CONFIG.vocab_size, CONFIG.types)
-    features = cases.jitted(ours)(found.params, batch)
-    embedded, mask = cases.jitted(ours, method="embed")(found.params, batch)
-    params = cases.float64(found.params)
-    for row, (example, choice) in enumerate(np.ndindex(2, 3)):
-        states = encode(np.asarray(embedded[row])[np.asarray(mask[row])])
-        length, count = cases.LENGTHS[example, choice], cases.REGIONS[example]
-        assert len(states) == length + count
-        cases.close(features.tokens[example, choice, :length], states[:length], 1e-5)
-        cases.close(features.regions[example, choice, :count], states[length:], 1e-5)
-        hidden = cases.dense(params["vcr"]["dense"], cases.pooled(params, states[0]))
-        scores = cases.dense(params["vcr"]["out"], cases.norm(params["vcr"]["ln"], np.maximum(hidden, 0)))
-        cases.close(features.outputs["vcr"][example, choice], scores)
+    for output, pooled in compared_with_torch(state, "uniter.", model, found.params, batch):
+        hidden = np.maximum(cases.dense(head["dense"], pooled), 0)
+        cases.close(output, cases.dense(head["out"], cases.norm(head["ln"], hidden)))

@@ -8,25 +8,11 @@ import pytest
 
 from clipdistill_jax.convert import vl_bert
 from clipdistill_jax.convert.partial import fill, start_from_bert
-from clipdistill_jax.models.bert import BertConfig
-from clipdistill_jax.models.bert import param_shapes as bert_shapes
 from clipdistill_jax.models.vl_bert import VlBert, VlBertConfig
-from tests.convert.originals import blocks, dense, norm, random_state, same, torch_encoder
+from tests.convert.originals import blocks, compared_with_torch, dense, norm, random_bert, random_state, same
 from tests.models import joint_cases as cases
 
-CONFIG = VlBertConfig(
-    vocab_size=30,
-    context_length=9,
-    width=16,
-    layers=2,
-    heads=2,
-    mlp_width=24,
-    feature_width=cases.FEATURES,
-    waves=3,
-    answers=11,
-    region_classes=5,
-    object_classes=4,
-)
+CONFIG = dataclasses.replace(cases.VL_BERT, layers=2)
 PRETRAINING = ("mlm", "mrc", "itm")
 WORDS = "vlbert.word_embeddings.weight"
 DECODER = "vlbert.mlm_head.predictions.decoder.weight"
@@ -187,9 +173,7 @@ def test_what_does_not_fit_is_named_and_refused():
 
 def test_warm_start_from_bert():
     """BERT's two types are the first of VL-BERT's three."""
-    config = BertConfig(vocab_size=30, context_length=9, width=16, layers=2, heads=2, mlp_width=24)
-    rng = np.random.default_rng(3)
-    bert = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), bert_shapes(config))
+    bert = random_bert()
     like = cases.random_params(VlBert(CONFIG, ("vcr",)))
     made = start_from_bert(bert, like, "bert")
     table, own = (tree["embeddings"]["type_embedding"]["embedding"] for tree in (made, like))
@@ -205,18 +189,8 @@ def test_states_equal_torch_in_the_originals_compact_layout():
     """Text, objects and [END] without gaps, one text at a time, through an encoder of torch's own."""
     pytest.importorskip("torch", reason="parity with torch's encoder")
     state = checkpoint(CONFIG, ("vcr",))
-    encode = torch_encoder(state, "vlbert.", CONFIG)
     found = read(state)
-    ours = VlBert(found.config, found.heads)
+    model, head = VlBert(found.config, found.heads), cases.float64(found.params["vcr"])
     batch = cases.make_batch(CONFIG.vocab_size, 2)
-    features = cases.jitted(ours)(found.params, batch)
-    embedded, mask = cases.jitted(ours, method="embed")(found.params, batch)
-    params = cases.float64(found.params)
-    for row, (example, choice) in enumerate(np.ndindex(2, 3)):
-        states = encode(np.asarray(embedded[row])[np.asarray(mask[row])])
-        length, count = cases.LENGTHS[example, choice], cases.REGIONS[example]
-        assert len(states) == length + count + 1
-        cases.close(features.tokens[example, choice, :length], states[:length], 1e-5)
-        cases.close(features.regions[example, choice, :count], states[length:-1], 1e-5)
-        score = cases.dense(params["vcr"]["out"], cases.pooled(params, states[0]))
-        cases.close(features.outputs["vcr"][example, choice], score)
+    for output, pooled in compared_with_torch(state, "vlbert.", model, found.params, batch, end=1):
+        cases.close(output, cases.dense(head["out"], pooled))

@@ -13,6 +13,7 @@ from clipdistill_jax.train import state as states
 from tests.tiny import load_config, shrink
 
 CONFIG = plain(shrink(load_config()))
+SHALLOW = {**CONFIG["teacher"], "layers": 1}
 
 
 def random_batch(size=8, seed=0):
@@ -101,16 +102,14 @@ def test_an_unknown_kind_or_field_is_named():
         build_model({**CONFIG["teacher"], "patch_sise": 8})
 
 
-def one_step(mesh, chunks=1, **placement):
+def one_step(teacher, mesh, chunks=1, **placement):
     config = plain(shrink(load_config()))
-    config["student"] = {**config["teacher"]}  # no batch norm, whose statistics depend on the chunks
+    config["teacher"] = SHALLOW
+    config["student"] = {**SHALLOW}  # no batch norm, whose statistics depend on the chunks
     config["stages"]["distilled"].update(chunks=chunks, **placement)
     stage = build_stage(config, "distilled", mesh, {"teacher": 520, "student": 520})
     state = states.create(stage.init, stage.optimizer, mesh, jax.random.key(0), **stage.placement)
-    batch = random_batch(2)
-    module = stage.teachers["teacher"].module
-    teacher = {"teacher": jax.jit(lambda key: module.init(key, batch, method="complete"))(jax.random.key(7))}
-    frozen = sharding.place_tree(jax.device_get(teacher), jax.tree.map(lambda x: x.sharding, stage.frozen))
+    frozen = sharding.place_tree({"teacher": teacher}, jax.tree.map(lambda x: x.sharding, stage.frozen))
     with jax.set_mesh(mesh):
         state, metrics = stage.step(state, frozen, sharding.place_batch(random_batch(), mesh))
     losses = {name: float(total) / max(float(count), 1) for name, (total, count) in metrics.items()}
@@ -120,7 +119,10 @@ def one_step(mesh, chunks=1, **placement):
 @pytest.mark.slow
 def test_distillation_is_the_same_on_every_mesh_and_in_chunks():
     devices = jax.devices()
-    expected, _ = one_step(sharding.make_mesh(devices=devices[:1]))
+    module, batch = build_model(SHALLOW, vocab_size=520), random_batch(2)
+    init = jax.jit(lambda key: module.init(key, batch, method="complete"))
+    teacher = jax.device_get(init(jax.random.key(7)))
+    expected, _ = one_step(teacher, sharding.make_mesh(devices=devices[:1]))
     assert expected["temporal_loss"] > 0 and expected["global_loss"] > 0
     cases = [
         dict(mesh=sharding.make_mesh(devices=devices[:4])),
@@ -133,6 +135,6 @@ def test_distillation_is_the_same_on_every_mesh_and_in_chunks():
         dict(mesh=sharding.make_mesh(devices=devices[:2]), chunks=2),
     ]
     for case in cases:
-        found, _ = one_step(**case)
+        found, _ = one_step(teacher, **case)
         for name in ("loss", "task_loss", "temporal_loss", "spatial_loss", "global_loss", "grad_norm"):
             assert found[name] == pytest.approx(expected[name], rel=2e-5), (name, case)

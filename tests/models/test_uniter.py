@@ -8,22 +8,11 @@ import numpy as np
 import pytest
 
 from clipdistill_jax.models.joint import JointFeatures, param_shapes
-from clipdistill_jax.models.uniter import PRESETS, VCR_TYPES, VCR_WORDS, Uniter, UniterConfig, locations
+from clipdistill_jax.models.uniter import PRESETS, VCR_TYPES, VCR_WORDS, Uniter, locations
 from tests.models import joint_cases as cases
 from tests.models.joint_cases import close, count, dense, jitted, norm, pooled, transform
 
-CONFIG = UniterConfig(
-    vocab_size=30,
-    context_length=9,
-    types=4,
-    width=16,
-    layers=1,
-    heads=2,
-    mlp_width=24,
-    feature_width=cases.FEATURES,
-    answers=11,
-    region_classes=5,
-)
+CONFIG = cases.UNITER
 HEADS = ("vcr", "mlm", "mrfr", "mrc", "itm")
 MODEL = Uniter(CONFIG, HEADS)
 
@@ -189,26 +178,12 @@ def test_the_record(features, batch):
 
 def test_attention_is_over_the_real_part_of_the_sequence(params, batch, features):
     seen = jitted(MODEL, attention=True, heads=())(params, batch)
-    assert seen.attention.shape == (2, 3, 1, 2, 11, 11)
-    np.testing.assert_allclose(np.asarray(seen.attention).sum(-1), 1, atol=1e-6)
-    weights = np.asarray(seen.attention[1, 0])
-    assert (weights[..., 4:7] == 0).all() and (weights[..., 9:] == 0).all()
-    assert (weights[..., :4] > 0).all() and (weights[..., 7:9] > 0).all()
+    cases.check_attention(seen, 7 + 4)
     close(seen.tokens, np.asarray(features.tokens), 1e-6)
 
 
 def test_padding_and_other_texts_have_no_influence(apply, params, batch, features):
-    other = apply(params, cases.other_padding(batch))
-    for name in ("image", "text", "logits"):
-        np.testing.assert_array_equal(getattr(other, name), getattr(features, name))
-    real, seen = batch["token_mask"], batch["region_mask"]
-    np.testing.assert_array_equal(np.asarray(other.tokens)[real], np.asarray(features.tokens)[real])
-    whole = np.broadcast_to(seen[:, None], (2, 3, 4))
-    np.testing.assert_array_equal(np.asarray(other.regions)[whole], np.asarray(features.regions)[whole])
-    alone = jitted(MODEL, heads=("vcr",))(params, cases.part(batch, 1, 2))  # other sums: not bit by bit
-    close(alone.tokens[0, 0], np.asarray(features.tokens[1, 2, :6]), 1e-5)
-    close(alone.regions[0, 0], np.asarray(features.regions[1, 2, :2]), 1e-5)
-    close(alone.logits[0, 0], np.asarray(features.logits[1, 2]), 1e-4)
+    cases.check_influence(MODEL, apply, params, batch, features, choice=2, atol=1e-4)
     # But what is real counts, both ways.
     changed = dict(batch, regions=batch["regions"] + np.eye(4)[1][:, None].astype(np.float32))
     assert np.abs(apply(params, changed).text - features.text).max() > 1e-3
@@ -228,25 +203,7 @@ def test_hidden_features_are_hidden(params, batch):
 
 
 def test_gradients_are_finite_and_reach_everything(params, batch):
-    """Also with an example that is all padding, as the last batch has."""
-    batch = dict(batch, masked_regions=np.array([[False, True, False, False]] * 2))
-    for name in ("regions", "region_boxes", "image_size"):
-        batch[name] = batch[name] * np.array([1, 0], np.float32).reshape(2, *[1] * (batch[name].ndim - 1))
-    batch["region_mask"] = batch["region_mask"] & np.array([[True], [False]])
-    batch["token_mask"] = batch["token_mask"] & np.array([True, False])[:, None, None]
-
-    def loss(params):
-        features = MODEL.apply({"params": params}, batch)
-        outputs = sum(jnp.sum(jnp.sin(x[0])) for x in features.outputs.values())
-        return outputs + jnp.sum(jnp.sin(features.image[0])), features
-
-    gradient, features = cases.quick_jit(jax.grad(loss, has_aux=True))(params)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        assert np.isfinite(leaf).all(), name
-        # A key's bias adds the same to all of a query's scores.
-        assert np.abs(leaf).max() > 0 or name.endswith("attn/k/bias"), name
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(features))
+    gradient = cases.checked_gradient(MODEL, params, batch)
     assert (gradient["region_embeddings"]["mask_embedding"]["embedding"][0] == 0).all()
 
 
@@ -284,9 +241,4 @@ def test_bfloat16_computes_near_float32_with_float32_parameters(params, batch, f
 
 
 def test_parameter_names_suit_rules_by_name():
-    """Sharding and weight decay are decided by these names."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(param_shapes(MODEL)):
-        parts = [str(key.key) for key in path]
-        assert parts[-1] in ("kernel", "bias", "scale", "embedding")
-        assert parts[-1] != "scale" or parts[-2].startswith("ln")
-        assert parts[-1] not in ("kernel", "embedding") or leaf.ndim == 2
+    cases.check_names(MODEL)

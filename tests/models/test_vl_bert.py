@@ -9,23 +9,11 @@ import pytest
 
 from clipdistill_jax.data.regions.geometry import vl_bert_geometry
 from clipdistill_jax.models.joint import param_shapes
-from clipdistill_jax.models.vl_bert import PRESETS, VlBert, VlBertConfig, geometry
+from clipdistill_jax.models.vl_bert import PRESETS, VlBert, geometry
 from tests.models import joint_cases as cases
 from tests.models.joint_cases import close, count, dense, jitted, norm, pooled, transform
 
-CONFIG = VlBertConfig(
-    vocab_size=30,
-    context_length=9,
-    width=16,
-    layers=1,
-    heads=2,
-    mlp_width=24,
-    feature_width=cases.FEATURES,
-    waves=3,
-    answers=11,
-    region_classes=5,
-    object_classes=4,
-)
+CONFIG = cases.VL_BERT
 HEADS = ("vcr", "objects", "mlm", "mrc", "itm")
 MODEL = VlBert(CONFIG, HEADS)
 
@@ -202,23 +190,11 @@ def test_the_record(params, batch, features):
     np.testing.assert_array_equal(features.image, features.regions[:, :, 0])
     close(features.words[0, 0, 2], (features.tokens[0, 0, 4] + features.tokens[0, 0, 5]) / 2, 1e-6)
     seen = jitted(MODEL, attention=True, heads=())(params, batch)
-    assert seen.attention.shape == (2, 3, 1, 2, 12, 12)
-    np.testing.assert_allclose(np.asarray(seen.attention).sum(-1), 1, atol=1e-6)
-    weights = np.asarray(seen.attention[1, 0])
-    assert (weights[..., 4:7] == 0).all() and (weights[..., 9:11] == 0).all()
-    assert (weights[..., :4] > 0).all() and (weights[..., 7:9] > 0).all() and (weights[..., 11] > 0).all()
+    cases.check_attention(seen, 7 + 4 + 1)
 
 
 def test_padding_and_other_texts_have_no_influence(apply, params, batch, features):
-    other = apply(params, cases.other_padding(batch))
-    for name in ("image", "text", "logits"):
-        np.testing.assert_array_equal(getattr(other, name), getattr(features, name))
-    real = batch["token_mask"]
-    np.testing.assert_array_equal(np.asarray(other.tokens)[real], np.asarray(features.tokens)[real])
-    alone = jitted(MODEL, heads=("vcr",))(params, cases.part(batch, 1, 0))  # other sums: not bit by bit
-    close(alone.tokens[0, 0], np.asarray(features.tokens[1, 0, :4]), 1e-5)
-    close(alone.regions[0, 0], np.asarray(features.regions[1, 0, :2]), 1e-5)
-    close(alone.logits[0, 0], np.asarray(features.logits[1, 0]), 1e-5)
+    cases.check_influence(MODEL, apply, params, batch, features, choice=0, atol=1e-5)
     # A token's object counts, and so does its picture.
     tags = batch["token_regions"].copy()
     tags[:, :, 1] = 1 - tags[:, :, 1]
@@ -226,25 +202,7 @@ def test_padding_and_other_texts_have_no_influence(apply, params, batch, feature
 
 
 def test_gradients_are_finite_and_reach_everything(params, batch):
-    """Also with an example that is all padding, as the last batch has."""
-    batch = dict(batch, masked_regions=np.array([[False, True, False, False]] * 2))
-    for name in ("regions", "region_boxes", "image_size"):
-        batch[name] = batch[name] * np.array([1, 0], np.float32).reshape(2, *[1] * (batch[name].ndim - 1))
-    batch["region_mask"] = batch["region_mask"] & np.array([[True], [False]])
-    batch["token_mask"] = batch["token_mask"] & np.array([True, False])[:, None, None]
-
-    def loss(params):
-        features = MODEL.apply({"params": params}, batch)
-        outputs = sum(jnp.sum(jnp.sin(x[0])) for x in features.outputs.values())
-        return outputs + jnp.sum(jnp.sin(features.image[0])), features
-
-    gradient, features = cases.quick_jit(jax.grad(loss, has_aux=True))(params)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        assert np.isfinite(leaf).all(), name
-        # A key's bias adds the same to all of a query's scores.
-        assert np.abs(leaf).max() > 0 or name.endswith("attn/k/bias"), name
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(features))
+    cases.checked_gradient(MODEL, params, batch)
 
 
 def test_dropout_of_inputs_and_of_the_answer(batch):
@@ -281,9 +239,4 @@ def test_wrong_inputs_are_refused(params, batch):
 
 
 def test_parameter_names_suit_rules_by_name():
-    """Sharding and weight decay are decided by these names."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(param_shapes(MODEL)):
-        parts = [str(key.key) for key in path]
-        assert parts[-1] in ("kernel", "bias", "scale", "embedding")
-        assert parts[-1] != "scale" or parts[-2].startswith("ln")
-        assert parts[-1] not in ("kernel", "embedding") or leaf.ndim == 2
+    cases.check_names(MODEL)
