@@ -11,13 +11,16 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int, Shaped
 
 MANIFEST = "cache.json"
 FORMAT = 1
 SUFFIX = ".arrayrecord"
 
 Layout = Mapping[str, tuple[tuple[int, ...], str]]  # field -> (shape of one row, dtype), in a record's order
+# Fields that are kept only where another field, a mask over all their dimensions but the last, is True; they
+# are 0 elsewhere. They end a record.
+RAGGED = {"words": "word_mask"}
 Vectors = Callable[[Int[np.ndarray, "steps b"]], Iterable[Mapping[str, Any]]]
 
 
@@ -27,31 +30,73 @@ class CacheError(ValueError):
 
 def pack(layout: Layout, vectors: Mapping[str, Any], ids: Int[np.ndarray, " b"]) -> list[bytes]:
     """The records of the rows whose id is not -1."""
-    parts, real = [], np.flatnonzero(ids >= 0)
+    real = np.flatnonzero(ids >= 0)
     if not len(real):
         return []
+    fields = {}
     for name, (shape, dtype) in layout.items():
         x = np.asarray(vectors[name])
         if x.shape != (len(ids), *shape):
             raise CacheError(f"{name} came as {x.shape} where the cache keeps {(len(ids), *shape)}")
-        x = np.ascontiguousarray(x[real].astype(jnp.dtype(dtype))).reshape(len(real), -1)
-        bad = real[~np.isfinite(x.astype(np.float32)).all(1)]
+        x = np.ascontiguousarray(x[real].astype(jnp.dtype(dtype)))
+        bad = real[~np.isfinite(x.astype(np.float32)).reshape(len(real), -1).all(1)]
         if len(bad):
             raise CacheError(f"{name} of id {ids[bad[0]]} is not finite: the frozen model is broken there")
-        parts.append(x.view(np.uint8))
-    return [row.tobytes() for row in np.concatenate(parts, 1)]
+        fields[name] = x
+    fixed = [x.reshape(len(real), -1).view(np.uint8) for name, x in fields.items() if name not in RAGGED]
+    records = [row.tobytes() for row in np.concatenate(fixed, 1)]
+    for name, mask in RAGGED.items():
+        if name in fields:
+            kept = (x[there] for x, there in zip(fields[name], fields[mask], strict=True))
+            records = [record + x.tobytes() for record, x in zip(records, kept, strict=True)]
+    return records
 
 
-def unpack(layout: Layout, records: list[bytes]) -> dict[str, np.ndarray]:
-    """The fields of records, {field: [records, ...]}."""
-    rows = np.frombuffer(b"".join(records), np.uint8).reshape(len(records), -1)
+def fixed_sizes(layout: Layout) -> dict[str, int]:
+    """Bytes of each field in a record, but the ragged ones'."""
+    return {
+        name: int(np.prod(shape, dtype=np.int64)) * jnp.dtype(dtype).itemsize
+        for name, (shape, dtype) in layout.items()
+        if name not in RAGGED
+    }
+
+
+def unpack(layout: Layout, records: list[bytes], slots: int | None = None) -> dict[str, np.ndarray]:
+    """The fields of records, {field: [records, ...]}.
+
+    Args:
+      layout: of the records.
+      records: as `pack` made them.
+      slots: of ragged fields and their masks; later ones are left out, missing ones are empty. None gives as
+        many as were packed.
+    """
+    sizes = fixed_sizes(layout)
+    end = sum(sizes.values())
+    rows = np.frombuffer(b"".join(record[:end] for record in records), np.uint8).reshape(len(records), end)
     found: dict[str, np.ndarray] = {}
     start = 0
-    for name, (shape, dtype) in layout.items():
-        stop = start + int(np.prod(shape, dtype=np.int64)) * jnp.dtype(dtype).itemsize
-        field = np.ascontiguousarray(rows[:, start:stop]).view(jnp.dtype(dtype))
-        found[name], start = field.reshape(len(records), *shape), stop
+    for name, size in sizes.items():
+        shape, dtype = layout[name]
+        field = np.ascontiguousarray(rows[:, start : start + size]).view(jnp.dtype(dtype))
+        found[name], start = field.reshape(len(records), *shape), start + size
+    for name, mask in RAGGED.items():
+        if name in layout:
+            shape, dtype = layout[name]
+            kept = np.frombuffer(b"".join(record[end:] for record in records), jnp.dtype(dtype))
+            found[name], found[mask] = _spread(kept.reshape(-1, shape[-1]), found[mask], slots)
     return found
+
+
+def _spread(
+    kept: Shaped[np.ndarray, "n d"], mask: Bool[np.ndarray, "*b s"], slots: int | None
+) -> tuple[Shaped[np.ndarray, "*b w d"], Bool[np.ndarray, "*b w"]]:
+    """The rows that were kept, at the places where the mask is True; and the mask."""
+    slots = mask.shape[-1] if slots is None else slots
+    there = np.zeros((*mask.shape[:-1], slots), bool)
+    there[..., : mask.shape[-1]] = mask[..., :slots]
+    spread = np.zeros((*there.shape, kept.shape[-1]), kept.dtype)
+    spread[there] = kept[np.nonzero(mask)[-1] < slots]
+    return spread, there
 
 
 class Records:
@@ -103,10 +148,18 @@ class Records:
 
 
 def write_files(
-    folder: Path, kind: str, layout: Layout, todo: Sequence[Int[np.ndarray, "_steps b"]], vectors: Vectors
+    folder: Path,
+    kind: str,
+    layout: Layout,
+    todo: Sequence[Int[np.ndarray, "_steps b"]],
+    vectors: Vectors,
+    ids_of: Callable[[Int[np.ndarray, "*n"]], Int[np.ndarray, "*n"]],
 ) -> None:
-    """Computes and writes one file for each of `todo`, ids that ascend and then are -1."""
-    stream = iter(vectors(np.concatenate(todo)))
+    """Computes and writes one file for each of `todo`, places that ascend and then are -1.
+
+    `ids_of` gives the ids by which `vectors` knows the rows of these places.
+    """
+    stream = iter(vectors(ids_of(np.concatenate(todo))))
     for steps in todo:
         real = steps[steps >= 0]
         with contextlib.ExitStack() as stack:
@@ -114,11 +167,11 @@ def write_files(
             if len(real):
                 path = folder / f"{kind}-{real[0]:09d}-{real[-1] + 1:09d}{SUFFIX}"
                 write = stack.enter_context(_new_file(path, len(real)))
-            for ids in steps:
+            for places in steps:
                 step = next(stream, None)
                 if step is None:
-                    raise CacheError(f"the {kind} ended before id {real[-1]}: the data changed")
-                records = pack(layout, step, ids)
+                    raise CacheError(f"the {kind} ended before id {ids_of(real)[-1]}: the data changed")
+                records = pack(layout, step, ids_of(places))
                 for record in records:
                     assert write is not None
                     write(record)
@@ -131,8 +184,7 @@ def _new_file(path: Path, records: int) -> Iterator[Callable[[bytes], None]]:
 
     # Two runs may build the same cache at once: each writes a file of its own, and either will do.
     partial = path.with_name(f"{path.name}.{os.uname().nodename}-{os.getpid()}.partial")
-    # One record a group: a read decodes no more than is asked for. Vectors in bfloat16 shrink by a fifth, the
-    # zeros behind a caption's last word to nothing.
+    # One record a group: a read decodes no more than is asked for. Vectors in bfloat16 shrink by a fifth.
     writer = ArrayRecordWriter(str(partial), "group_size:1,zstd:1")
     try:
         yield writer.write

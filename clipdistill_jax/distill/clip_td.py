@@ -71,7 +71,7 @@ class ChoiceKD(nn.Module):
 
     distance: str = "l1"
     choices: str = "all"
-    of: ClassVar = "teacher"
+    of: ClassVar = "clip"
 
     def projected(self, ours: Float[Array, "*b s"], theirs: Float[Array, "*c t"]) -> Float[Array, "*b t"]:
         """The student's vectors in the teacher's width; to be called once, in a compact method."""

@@ -81,11 +81,11 @@ def test_no_gradient_goes_through_the_gate():
         lambda seen, batch: (jnp.zeros(B), jnp.ones(B, bool), {}),
         (WeightedTerm("language", term, lambda step: 0.05, gate),),
         student,
-        {"teacher": lambda frozen, batch: teacher},
+        {"clip": lambda frozen, batch: teacher},
     )
 
     def loss(params):
-        return loss_fn({"student": params, "terms": {}}, {}, {"teacher": {}}, {}, None, 0)[0]
+        return loss_fn({"student": params, "terms": {}}, {}, {"clip": {}}, {}, None, 0)[0]
 
     params = {"sure": jnp.float32(1.5), "size": jnp.float32(0.8)}
     gradient = jax.grad(loss)(params)
