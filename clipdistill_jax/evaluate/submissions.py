@@ -19,7 +19,6 @@ import numpy as np
 from jaxtyping import Float
 
 from clipdistill_jax.data.formats import FormatError, checked
-from clipdistill_jax.data.vocabulary import UNKNOWN, AnswerVocabulary
 
 CHOICES = 4
 VCR_COLUMNS = (
@@ -106,23 +105,6 @@ def read_vcr(path: str | os.PathLike[str], expected: Collection[str]) -> VcrSubm
     except ValueError as error:
         raise FormatError(str(error)) from error
     return submission
-
-
-def vqa_answers(logits: Float[np.ndarray, "n v"], vocabulary: AnswerVocabulary) -> list[str]:
-    """The answer with the highest logit; never VL-BERT's "<unk>", which is no answer.
-
-    Raises:
-      ValueError: the logits are not of this vocabulary, or not finite.
-    """
-    if logits.shape[1] != len(vocabulary):
-        raise ValueError(f"the model scores {logits.shape[1]} answers, the vocabulary has {len(vocabulary)}")
-    if not np.isfinite(logits).all():
-        raise ValueError(
-            f"the logits of {int((~np.isfinite(logits)).any(-1).sum())} questions are not finite"
-        )
-    allowed = np.array([answer != UNKNOWN for answer in vocabulary.answers])
-    best = np.where(allowed, logits, -np.inf).argmax(-1)
-    return [vocabulary.answers[k] for k in best]
 
 
 def write_vqa(path: str | os.PathLike[str], answers: Mapping[int, Any], expected: Collection[int]) -> None:

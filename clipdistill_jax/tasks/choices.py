@@ -154,44 +154,6 @@ def answer_task(kind: str = "sigmoid") -> Task:
     return task
 
 
-def vcr_outcomes(
-    answer_scores: Float[np.ndarray, "n k"],
-    rationale_scores: Float[np.ndarray, "n k"],
-    answer_label: Int[np.ndarray, " n"],
-    rationale_label: Int[np.ndarray, " n"],
-) -> dict[str, Float[np.ndarray, " n"]]:
-    """Q->A, QA->R and Q->AR of every question, 1 where right.
-
-    Args:
-      answer_scores: of the answers.
-      rationale_scores: of the rationales, given the right answer.
-      answer_label, rationale_label: the right ones.
-
-    Raises:
-      ValueError: a label is unknown, or a score is not finite.
-    """
-    for name, scores, label in (
-        ("answer", answer_scores, answer_label),
-        ("rationale", rationale_scores, rationale_label),
-    ):
-        if not np.isfinite(scores).all():
-            wrong = int((~np.isfinite(scores)).any(-1).sum())
-            raise ValueError(f"{wrong} questions have {name} scores that are not finite")
-        if ((label < 0) | (label >= scores.shape[1])).any():
-            raise ValueError(f"questions without a known {name} label cannot be judged: leave them out")
-    answer = answer_scores.argmax(-1) == answer_label
-    rationale = rationale_scores.argmax(-1) == rationale_label
-    found = {"Q->A": answer, "QA->R": rationale, "Q->AR": answer & rationale}
-    return {name: right.astype(np.float32) for name, right in found.items()}
-
-
-def given_answer(
-    rationale_scores: Float[np.ndarray, "n k k"], answer: Int[np.ndarray, " n"]
-) -> Float[np.ndarray, "n k"]:
-    """Scores of the rationales given one answer a question, out of [question, answer, rationale]."""
-    return rationale_scores[np.arange(len(answer)), answer]
-
-
 def by_category(
     outcomes: Float[np.ndarray, " n"], categories: Sequence[str]
 ) -> dict[str, tuple[float, float]]:

@@ -7,14 +7,12 @@ import numpy as np
 import pytest
 
 from clipdistill_jax.data.formats import FormatError
-from clipdistill_jax.data.vocabulary import AnswerVocabulary
 from clipdistill_jax.evaluate.submissions import (
     Prediction,
     VcrSubmission,
     read_predictions,
     read_vcr,
     read_vqa,
-    vqa_answers,
     write_predictions,
     write_vcr,
     write_vqa,
@@ -147,16 +145,6 @@ def test_a_damaged_vqa_json_is_refused(tmp_path, data, message):
     path.write_text(json.dumps(data))
     with pytest.raises(FormatError, match=message):
         read_vqa(path, [1, 2])
-
-
-def test_answers_are_the_best_that_are_answers():
-    vocabulary = AnswerVocabulary(("<unk>", "yes", "no"))
-    logits = np.array([[9.0, 1.0, 2.0], [0.0, 3.0, 2.0]], np.float32)
-    assert vqa_answers(logits, vocabulary) == ["no", "yes"]
-    with pytest.raises(ValueError, match="the model scores 2 answers, the vocabulary has 3"):
-        vqa_answers(logits[:, :2], vocabulary)
-    with pytest.raises(ValueError, match="logits of 1 questions are not finite"):
-        vqa_answers(np.array([[0.0, np.nan, 1.0]], np.float32), vocabulary)
 
 
 def test_predictions_are_read_as_they_were_written(tmp_path):

@@ -13,10 +13,8 @@ from clipdistill_jax.tasks.choices import (
     choice_scores,
     choice_task,
     entailment_task,
-    given_answer,
     label_loss,
     object_loss,
-    vcr_outcomes,
 )
 
 B, K, V = 5, 4, 7
@@ -156,29 +154,6 @@ def test_object_loss():
     found = object_loss(*args, "examples")
     np.testing.assert_allclose(found, [np.mean(values[0]), np.mean(values[1]), 0.0], rtol=1e-5)
     np.testing.assert_allclose(object_loss(*args)[:2].mean(), np.mean(values[0] + values[1]), rtol=1e-5)
-
-
-def test_q_to_ar_needs_both():
-    answers, rationales = np.eye(4)[[0, 1, 2, 3]], np.eye(4)[[0, 1, 0, 0]]
-    found = vcr_outcomes(answers, rationales, np.array([0, 1, 2, 0]), np.array([0, 2, 0, 1]))
-    assert {name: right.tolist() for name, right in found.items()} == {
-        "Q->A": [1, 1, 1, 0],
-        "QA->R": [1, 0, 1, 0],
-        "Q->AR": [1, 0, 1, 0],
-    }
-
-
-def test_scores_that_cannot_be_judged_are_refused():
-    scores, label = np.eye(4)[:2], np.array([0, 1])
-    with pytest.raises(ValueError, match="without a known rationale label"):
-        vcr_outcomes(scores, scores, label, np.array([0, -1]))
-    with pytest.raises(ValueError, match="1 questions have answer scores that are not finite"):
-        vcr_outcomes(np.where(scores > 0, [[np.nan], [1.0]], 0.0), scores, label, label)
-
-
-def test_rationales_given_an_answer():
-    scores = np.arange(32.0).reshape(2, 4, 4)
-    np.testing.assert_array_equal(given_answer(scores, np.array([2, 0])), [[8, 9, 10, 11], [16, 17, 18, 19]])
 
 
 def test_outcomes_by_category_add_up():
