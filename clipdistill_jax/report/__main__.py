@@ -2,6 +2,7 @@
 
 python -m clipdistill_jax.report sizes --config=configs/clipping/msrvtt.py   # parameters, FLOPs a module
 python -m clipdistill_jax.report ablation --workdir=runs/sweep               # what a sweep came to
+python -m clipdistill_jax.report clip_td --workdir=runs/clip_td              # CLIP-TD's methods over seeds
 python -m clipdistill_jax.report figures --workdir=runs/quickstart --stages=alone,distilled
 """
 
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.table import Table
 
 from clipdistill_jax import commands
 from clipdistill_jax.report import inspection
@@ -34,11 +36,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         "ablation", help="rows of a sweep beside CLIPPING's, which orderings hold", allow_abbrev=False
     )
     ablation.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="of the sweep")
+    clip_td = reports.add_parser(
+        "clip_td", help="CLIP-TD's methods beside its tables, which orderings hold", allow_abbrev=False
+    )
+    clip_td.add_argument(
+        "--workdir",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="of a sweep, of a run, or of runs DIR/seedN",
+    )
+    clip_td.add_argument(
+        "--table", default="vcr/vl_bert", metavar="TASK/STUDENT", help="of the paper, such as snli_ve/villa"
+    )
     figures = reports.add_parser(
         "figures", help="frame-word maps, reconstructions, accuracy against cost", allow_abbrev=False
     )
     inspection.arguments(figures)
-    for command in (sizes, ablation):
+    for command in (sizes, ablation, clip_td):
         command.add_argument(
             "--json", type=Path, default=None, metavar="FILE", help="write the numbers there"
         )
@@ -51,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"unexpected argument {overrides[0]!r}")
         elif args.report == "figures":
             console.print(inspection.figures(args), markup=False, highlight=False, soft_wrap=True)
+        elif args.report == "clip_td":
+            _clip_td(console, args)
         else:
             _ablation(console, args)
     except (ValueError, OSError, ImportError) as error:
@@ -72,15 +89,28 @@ def _ablation(console: Console, args: argparse.Namespace) -> None:
     from clipdistill_jax.report import ablation
 
     workdir = args.workdir.expanduser()
-    tables, lines = ablation.report(workdir)
-    for table in tables:
-        console.print(table)
-    for line in (*lines, f"The same in markdown: {workdir / 'ablation.md'}"):
-        console.print(line, markup=False, highlight=False)
+    _print(console, *ablation.report(workdir), workdir / "ablation.md")
     if args.json is not None:
         scores, failures = ablation.read_sweep(workdir)
-        rows = {row: {m: list(score.values) for m, score in found.items()} for row, found in scores.items()}
-        commands.write_json(args.json, {"rows": rows, "failures": failures})
+        commands.write_json(args.json, {"rows": ablation.numbers(scores), "failures": failures})
+
+
+def _clip_td(console: Console, args: argparse.Namespace) -> None:
+    from clipdistill_jax.report import ablation, clip_td, paper_tables
+
+    workdir = args.workdir.expanduser()
+    _print(console, *clip_td.report(workdir, args.table), workdir / clip_td.FILE)
+    if args.json is not None:
+        scores, shots, failures = clip_td.read_methods(workdir, paper_tables.TABLES[args.table])
+        rows = ablation.numbers(scores)
+        commands.write_json(args.json, {"rows": rows, "shots": shots, "failures": failures})
+
+
+def _print(console: Console, tables: Sequence[Table], lines: Sequence[str], file: Path) -> None:
+    for table in tables:
+        console.print(table)
+    for line in (*lines, f"The same in markdown: {file}"):
+        console.print(line, markup=False, highlight=False)
 
 
 if __name__ == "__main__":

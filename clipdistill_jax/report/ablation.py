@@ -53,14 +53,24 @@ def read_sweep(workdir: Path) -> tuple[dict[str, dict[str, Score]], list[str]]:
         found.setdefault(said["row"], []).append(said["test"])
     if not found:
         raise FileNotFoundError(f"{workdir}: no finished row of a sweep ({SHARED}/{ROW}, ROW/seedN/{ROW})")
-    failures = []
-    for file in sorted((*workdir.glob(f"{SHARED}/{FAILED}"), *workdir.glob(f"*/seed*/{FAILED}"))):
-        said = json.loads(file.read_text())
-        failures.append(f"{said['row']}, seed {said['seed']} failed: {said['error']}")
     known = [row.name for row in poster.ROWS]
     order = sorted(found, key=lambda row: known.index(row) if row in known else len(known))
     scores = {row: {m: Score(tuple(float(test[m]) for test in found[row])) for m in METRICS} for row in order}
-    return scores, failures
+    return scores, failed_rows(workdir)
+
+
+def numbers(scores: Scores) -> dict[str, dict[str, list[float]]]:
+    """The scores, json-able: row -> metric -> a value a seed."""
+    return {row: {m: list(score.values) for m, score in found.items()} for row, found in scores.items()}
+
+
+def failed_rows(workdir: Path) -> list[str]:
+    """A line for each row of a sweep that failed."""
+    lines = []
+    for file in sorted((*workdir.glob(f"{SHARED}/{FAILED}"), *workdir.glob(f"*/seed*/{FAILED}"))):
+        said = json.loads(file.read_text())
+        lines.append(f"{said['row']}, seed {said['seed']} failed: {said['error']}")
+    return lines
 
 
 def pooled_error(a: Sequence[float | int], b: Sequence[float | int]) -> float | None:
@@ -154,19 +164,22 @@ def report(workdir: Path) -> tuple[list[Table], list[str]]:
         ("Orderings of the poster", *ordering_cells(scores)),
     ]
     lines = [*summary(scores), *failures]
-    written = [f"{title}\n\n{_markdown(headings, rows)}" for title, headings, rows in parts]
+    written = [f"{title}\n\n{markdown_table(headings, rows)}" for title, headings, rows in parts]
     (workdir / "ablation.md").write_text("\n\n".join([*written, *lines]) + "\n", encoding="utf-8")
-    return [_table(*part) for part in parts], lines
+    return [rich_table(*part) for part in parts], lines
 
 
-def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in markdown, words in its first column."""
+
     def line(cells: Sequence[str]) -> str:
         return f"| {' | '.join(cell.replace('<', '&lt;') for cell in cells)} |"
 
     return "\n".join(line(row) for row in (headings, [":--"] + ["--:"] * (len(headings) - 1), *rows))
 
 
-def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+def rich_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """The same for the terminal."""
     made = Table(title=title)
     for i, heading in enumerate(headings):
         made.add_column(heading, justify="right" if i else "left", no_wrap=not i)

@@ -26,7 +26,7 @@ from clipdistill_jax.report.alignment import Maps, agreement, alignment_picture,
 from clipdistill_jax.report.opened import BATCH, Model, Opened
 from clipdistill_jax.report.page import write_report
 from clipdistill_jax.report.sections import FOLDER, Panel, Section, write_sections
-from clipdistill_jax.report.tradeoff import cost_points, tradeoff
+from clipdistill_jax.report.tradeoff import COSTS, cost_points, tradeoff
 from clipdistill_jax.sweep import ROW, SHARED
 from clipdistill_jax.weights import STAGE
 
@@ -69,9 +69,10 @@ def figures(args: argparse.Namespace) -> str:
     else:
         said.append("No reconstructions: none of the stages has a teacher; name one by --teacher=STAGE.")
     rows = sweep_rows(run.workdir)
-    if not rows:
-        rows = {run.label(name): [result] for name, result in run.results.items()}
-    made["cost"] = cost_section(rows)
+    # The page draws the stages of a run against FLOPs itself.
+    shown = tuple(COSTS) if rows else ("parameters",)
+    rows = rows or {run.label(name): [result] for name, result in run.results.items()}
+    made["cost"] = cost_section(rows, shown)
 
     used = {*names, teacher, clip.removeprefix(STAGE)}
     fingerprints = {name: result["fingerprint"] for name, result in run.results.items() if name in used}
@@ -227,16 +228,23 @@ def sweep_rows(workdir: Path) -> dict[str, list[dict[str, Any]]]:
     return rows
 
 
-def cost_section(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> Made:
+def cost_section(
+    rows: Mapping[str, Sequence[Mapping[str, Any]]], shown: Sequence[str] = tuple(COSTS)
+) -> Made:
     """Recall against FLOPs and against parameters.
 
     Args:
       rows: label -> results with `test` and `sizes`, one a seed.
+      shown: which of the two the page shows.
     """
     metric = "t2v_R@1"
     points = cost_points(rows, metric)
     panels = [
-        Panel(f"Text to video R@1 against {name}", tradeoff(points, (), "Text to video R@1", cost))
+        Panel(
+            f"Text to video R@1 against {name}",
+            tradeoff(points, (), "Text to video R@1", cost),
+            shown=cost in shown,
+        )
         for cost, name in (("flops", "FLOPs"), ("parameters", "parameters"))
     ]
     several = any(len(point.recalls) > 1 for point in points)

@@ -11,13 +11,16 @@ from typing import Any
 import jinja2
 
 from clipdistill_jax.experiment import Config, plain
-from clipdistill_jax.report import figures, table, tradeoff
+from clipdistill_jax.report import answers, figures, table, tradeoff
 from clipdistill_jax.report.gallery import FramesOf, Query, gallery, prepared_frames
 from clipdistill_jax.report.scores import Scores, read_scores
-from clipdistill_jax.report.sections import Panel, read_sections
+from clipdistill_jax.report.sections import Panel, Section, read_sections
+from clipdistill_jax.report.tokens import read_words, token_section
 
 Results = Mapping[str, Mapping[str, Any]]
-_TASK, _TOTAL, _RECALL = "train/task_loss", "train/loss", "validation/t2v_R@1"
+SCORES, WORDS = "scores.npz", "words.npz"  # what a stage's folder may hold
+_TASK, _TOTAL = "train/task_loss", "train/loss"
+_VALIDATION = {"t2v_R@1": "text to video R@1, %", "accuracy": "right answers, %"}
 
 
 def write_report(config: Config, workdir: Path, results: Results, frames_of: FramesOf | None = None) -> str:
@@ -26,9 +29,10 @@ def write_report(config: Config, workdir: Path, results: Results, frames_of: Fra
     Args:
       config: the run's; a stage may have a `title`.
       workdir: the run's folder. Of workdir/figures it reads what `write_sections` wrote, of each stage's
-        folder metrics.jsonl, scores.npz and launches.jsonl; what is missing is not shown.
+        folder metrics.jsonl, scores.npz, words.npz and launches.jsonl; what is missing is not shown.
       results: stage -> its result, as `run.run_stages` gives them, in the order to show. A result's `folder`
-        is the stage's, workdir/STAGE if there is none.
+        is the stage's, workdir/STAGE if there is none. What its metrics are of, retrieval or questions,
+        decides which tables and figures it stands in.
       frames_of: test clip -> uint8 [frames, height, width, 3], for the gallery; None reads the prepared data.
 
     Returns:
@@ -38,44 +42,87 @@ def write_report(config: Config, workdir: Path, results: Results, frames_of: Fra
     stages = settings["stages"]
     folders = {name: Path(result.get("folder", workdir / name)) for name, result in results.items()}
     launches = {name: _lines(folder / "launches.jsonl") for name, folder in folders.items()}
-    rows = table.columns(stages, results, {name: len(starts) for name, starts in launches.items()})
-    gains = table.gain_lines(stages, results)
-    scores = {n: found for n, folder in folders.items() if (found := read_scores(folder / "scores.npz"))}
-    if frames_of is None:
+    starts = {name: len(lines) for name, lines in launches.items()}
+    found = {name: result for name, result in results.items() if "t2v_R@1" in result.get("test", {})}
+    answered = answers.answering(results)
+    columns = table.columns(stages, found, starts) if found else []
+    answer_columns = answers.columns(stages, answered, starts) if answered else []
+    gains = [*table.gain_lines(stages, found), *answers.gain_lines(stages, answered)]
+    scores = {n: s for n in found if (s := read_scores(folders[n] / SCORES))}
+    if frames_of is None and found:
         frames_of = _prepared(settings, workdir)
     page = (
         _environment()
         .from_string(_template())
         .render(
             name=workdir.name or workdir.resolve().name,
-            columns=rows,
+            columns=columns,
+            answer_columns=answer_columns,
             gains=gains,
-            resumed=any(len(starts) > 1 for starts in launches.values()),
+            resumed=any(count > 1 for count in starts.values()),
             queries=max((len(s.captions) for s in scores.values()), default=0),
             clips=max((len(s.video_ids) for s in scores.values()), default=0),
-            error=_standard_error(results, scores),
-            accuracy=_accuracy(stages, results),
+            error=_standard_error(found, scores),
+            accuracy=_accuracy(stages, found) if found else [],
             losses=_losses(stages, {n: _lines(folder / "metrics.jsonl") for n, folder in folders.items()}),
             pairs=_pairs(stages, results, scores),
-            inspected=read_sections(workdir, results),
-            gallery=_gallery(stages, results, scores, frames_of),
+            inspected=[*_words(folders), *read_sections(workdir, results)],
+            gallery=_gallery(stages, found, scores, frames_of),
             runs=_runs(stages, results, launches),
             machine=_machine(launches),
             config=json.dumps(settings, indent=2, default=str),
+            **_answers(settings, results, answered, folders),
         )
     )
     (workdir / "report.html").write_text(page, encoding="utf-8")
-    (workdir / "report.md").write_text(_markdown(rows, gains), encoding="utf-8")
-    told = [textwrap.fill(line, table.PLAIN_WIDTH, break_on_hyphens=False) for line in gains]
-    return "\n\n".join([table.plain_table(rows), *told, f"The report: {workdir / 'report.html'}"])
+    (workdir / "report.md").write_text(_markdown(columns, answer_columns, gains), encoding="utf-8")
+    told = [table.plain_table(part) for part in (columns, answers.short(answer_columns)) if part]
+    told += [textwrap.fill(line, table.PLAIN_WIDTH, break_on_hyphens=False) for line in gains]
+    return "\n\n".join([*told, f"The report: {workdir / 'report.html'}"])
 
 
-def _markdown(rows: Sequence[table.Column], gains: Sequence[str]) -> str:
-    notes = (
-        "t2v: text to video, v2t: video to text; recalls in percent on the test split, MdR the median rank. "
-        "GFLOPs of the forward pass of one clip, a multiply-add counted as two. Motion pairs: 50 is chance."
-    )
-    return "\n\n".join([table.markdown(rows), *map(table.escape, gains), notes]) + "\n"
+def _markdown(
+    columns: Sequence[table.Column], answer_columns: Sequence[table.Column], gains: Sequence[str]
+) -> str:
+    parts = list(map(table.escape, gains))
+    if answer_columns:
+        parts = [table.markdown(answer_columns), *parts, answers.NOTE]
+    if columns:
+        retrieval = (
+            "t2v: text to video, v2t: video to text; recalls in percent on the test split, MdR the median "
+            "rank. GFLOPs of the forward pass of one clip, a multiply-add counted as two. Motion pairs: 50 "
+            "is chance."
+        )
+        parts = [table.markdown(columns), *parts, retrieval]
+    return "\n\n".join(parts) + "\n"
+
+
+def _answers(
+    settings: Mapping[str, Any], results: Results, answered: Results, folders: Mapping[str, Path]
+) -> dict[str, Any]:
+    """What the page says of the stages that answer questions."""
+    stages = settings["stages"]
+    split = next((str(result["split"]) for result in answered.values() if "split" in result), "test")
+    if not answered:
+        return {"questions": 0, "by_kind": [], "answer_error": "", "split": split}
+    metric = answers.main_metric(answered)
+    counts = next((c for name in answered if (c := answers.read_counts(folders[name] / SCORES, metric))), {})
+    total = counts.get("", 0)
+    worst = max((answers.standard_error(r["test"][metric], total) for r in answered.values()), default=0.0)
+    labels = {name: _label(stages, results, name) for name in answered}
+    chance = answers.CHANCE.get(settings["data"].get("format", ""), 0.0)
+    return {
+        "questions": total,
+        "by_kind": answers.category_panels(labels, list(results), answered, counts, chance),
+        "answer_error": f"{worst:.1f}" if total and worst >= 0.05 else "",
+        "split": split,
+    }
+
+
+def _words(folders: Mapping[str, Path]) -> list[Section]:
+    """The words that the first stage with such scores chose; all choose by the same model."""
+    examples = next((found for folder in folders.values() if (found := read_words(folder / WORDS))), {})
+    return [token_section(examples)] if examples else []
 
 
 def _template() -> str:
@@ -134,17 +181,21 @@ def _losses(stages: Mapping[str, Any], metrics: Mapping[str, Sequence[Mapping[st
         return made
 
     wanted: list[tuple[str, str, str, Sequence[str]]] = []
-    for model in dict.fromkeys(stages[name]["model"] for name in metrics if name in stages):
-        names = [name for name in metrics if stages.get(name, {}).get("model") == model]
-        wanted.append((f"Task loss, {model} model", "task loss, nats", _TASK, names))
+    kinds = {n: f"{stages[n]['model']} model" for n in metrics if n in stages}
+    # Losses of other tasks have another size.
+    kinds |= {n: f"{kind}, pretraining" for n, kind in kinds.items() if stages[n].get("pretraining")}
+    for kind in dict.fromkeys(kinds.values()):
+        names = [name for name in metrics if kinds.get(name) == kind]
+        wanted.append((f"Task loss, {kind}", "task loss, nats", _TASK, names))
     keys = dict.fromkeys(key for log in metrics.values() for line in log for key in line)
     for key in keys:
         if key.startswith("train/") and key.endswith("_loss") and key != _TASK:
             term = key.removeprefix("train/").removesuffix("_loss")
             wanted.append((f"Term: {term}", f"{term} loss, unweighted", key, list(metrics)))
-    taught = [name for name in metrics if stages.get(name, {}).get("teacher")]
+    taught = [n for n in metrics if any(stages.get(n, {}).get(field) for field in ("teacher", "terms"))]
     wanted.append(("Sum: task loss and weighted terms", "loss that is minimised", _TOTAL, taught))
-    wanted.append(("Validation while training", "text to video R@1, %", _RECALL, list(metrics)))
+    for metric, ylabel in _VALIDATION.items():
+        wanted.append(("Validation while training", ylabel, f"validation/{metric}", list(metrics)))
     drawn = ((heading, ylabel, lines(key, names)) for heading, ylabel, key, names in wanted)
     return [
         Panel(heading, figures.curves(found, ylabel, f"{heading}: {', '.join(line.label for line in found)}"))

@@ -16,10 +16,11 @@ _LIST = "figures.json"
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """A figure with its heading."""
+    """A figure with its heading; not `shown` where the page draws the same itself."""
 
     heading: str
     picture: Picture
+    shown: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,8 @@ def write_sections(workdir: Path, sections: Sequence[Section], fingerprints: Map
             for suffix, image in (("", panel.picture.light), ("-dark", panel.picture.dark)):
                 (folder / f"{name}{suffix}.png").write_bytes(base64.b64decode(image))
             size = {"width": panel.picture.width, "height": panel.picture.height}
-            panels.append({"name": name, "heading": panel.heading, **size, "alt": panel.picture.alt})
+            said = {"heading": panel.heading, "alt": panel.picture.alt, "shown": panel.shown}
+            panels.append({"name": name, **said, **size})
             files.append(folder / f"{name}.png")
         told.append({**dataclasses.asdict(section), "panels": panels})
     value = {"fingerprints": dict(fingerprints), "sections": told}
@@ -80,4 +82,7 @@ def read_sections(workdir: Path, results: Mapping[str, Mapping[str, Any]]) -> li
         name, size = said["name"], (said["width"], said["height"])
         return Panel(said["heading"], Picture(image(name), image(f"{name}-dark"), *size, said["alt"]))
 
-    return [Section(**{**said, "panels": [panel(p) for p in said["panels"]]}) for said in value["sections"]]
+    return [
+        Section(**{**said, "panels": [panel(p) for p in said["panels"] if p.get("shown", True)]})
+        for said in value["sections"]
+    ]

@@ -10,6 +10,8 @@ from rich.table import Table
 
 from clipdistill_jax.experiment import Config, example_batch, plain, stage_config, stage_module
 from clipdistill_jax.models.dual_encoder import DualEncoder
+from clipdistill_jax.models.features import Batch
+from clipdistill_jax.models.joint import JointModel
 from clipdistill_jax.report import poster
 
 _BLOCKS = (
@@ -50,12 +52,16 @@ def flops(fn: Any, *args: Any) -> float:
     return float(analysis.get("flops", 0.0))  # nothing is said of a function that computes nothing
 
 
-def model_sizes(module: DualEncoder, config: Config, stage: str) -> dict[str, Any]:
-    """Parameters of each part, and forward FLOPs of one clip and of one caption, of a stage's model.
+def model_sizes(module: DualEncoder | JointModel, config: Config, stage: str) -> dict[str, Any]:
+    """Parameters of each part, and forward FLOPs, of a stage's model.
 
-    The clip has the stage's number of frames at its size, the caption all of its tokens.
+    `flops_clip` and `flops_caption` of a dual encoder: the clip has the stage's number of frames at its size,
+    the caption all of its tokens. `flops_question` of a student of questions: with all its choices, and as
+    many tokens and regions as a batch can have.
     """
     batch = example_batch(config, stage, size=1)
+    if isinstance(module, JointModel):
+        return _question_sizes(module, batch)
     variables = jax.eval_shape(lambda: module.init(jax.random.key(0), batch, method="complete"))
 
     def clip(variables: Any, frames: Any, frame_mask: Any) -> Any:
@@ -71,6 +77,21 @@ def model_sizes(module: DualEncoder, config: Config, stage: str) -> dict[str, An
         "total": count(variables["params"]),
         "flops_clip": flops(clip, variables, batch["frames"], batch["frame_mask"]),
         "flops_caption": flops(caption, variables, batch["tokens"], batch["token_mask"], batch["word_ids"]),
+    }
+
+
+def _question_sizes(module: JointModel, batch: Batch) -> dict[str, Any]:
+    batch = {name: batch[name] for name in module.inputs}
+    variables = jax.eval_shape(lambda: module.init(jax.random.key(0), batch, method="complete"))
+
+    def answer(variables: Any, batch: Batch) -> Any:
+        said: Any = module.apply(variables, batch)
+        return said.outputs
+
+    return {
+        "parameters": {part: count(tree) for part, tree in variables["params"].items()},
+        "total": count(variables["params"]),
+        "flops_question": flops(answer, variables, batch),
     }
 
 

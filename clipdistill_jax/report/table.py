@@ -93,8 +93,12 @@ def columns(
     if any("motion_pairs" in test for _, _, test, _ in rows):
         cells = [f"{test['motion_pairs']:.1f}" if "motion_pairs" in test else NONE for _, _, test, _ in rows]
         made.append(Column("Motion", "pairs %", cells))
-    minutes = [f"{r['seconds'] / 60:.1f}" + "+" * (starts.get(name, 1) > 1) for name, r, *_ in rows]
-    return [*made, Column("Training", "minutes", minutes)]
+    return [*made, Column("Training", "minutes", minutes(results, starts))]
+
+
+def minutes(results: Mapping[str, Mapping[str, Any]], starts: Mapping[str, int]) -> list[str]:
+    """How long each stage trained, as `columns` says."""
+    return [f"{r['seconds'] / 60:.1f}" + "+" * (starts.get(name, 1) > 1) for name, r in results.items()]
 
 
 def _teacher(stages: Mapping[str, Any], name: str) -> str:
@@ -193,7 +197,7 @@ def gain_lines(stages: Mapping[str, Any], results: Mapping[str, Mapping[str, Any
     for pair in comparisons(stages, results):
         before, after = results[pair.alone]["test"], results[pair.distilled]["test"]
         said = [
-            f"{way} " + ", ".join(_change(f"{prefix}_{k}", k, before, after) for k in ("R@1", "R@10"))
+            f"{way} " + ", ".join(change(f"{prefix}_{k}", k, before, after) for k in ("R@1", "R@10"))
             for prefix, way in _DIRECTIONS.items()
         ]
         line = (
@@ -206,8 +210,9 @@ def gain_lines(stages: Mapping[str, Any], results: Mapping[str, Mapping[str, Any
     return lines
 
 
-def _change(key: str, name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+def change(key: str, name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """What became of a metric: "R@1 gained 1.2 points (10.0 to 11.2)"."""
     was, now = round(before[key], 1), round(after[key], 1)  # as in the table
-    change = round(now - was, 1)
-    said = f"{'gained' if change > 0 else 'lost'} {abs(change):.1f} points" if change else "unchanged"
+    by = round(now - was, 1)
+    said = f"{'gained' if by > 0 else 'lost'} {abs(by):.1f} points" if by else "unchanged"
     return f"{name} {said} ({was:.1f} to {now:.1f})"

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -75,6 +76,43 @@ def score_words(
         importance=np.asarray(matter[0])[slots],
         chosen=chosen[slots],
     )
+
+
+def write_words(path: Path, examples: Mapping[str, WordScores]) -> None:
+    """Writes the scores of some examples, by heading, for the page: a stage's words.npz."""
+    lengths = [len(scores.words) for scores in examples.values()]
+
+    def joined(name: str, dtype: Any) -> np.ndarray:
+        return np.array([x for scores in examples.values() for x in getattr(scores, name)], dtype)
+
+    np.savez_compressed(
+        path,
+        headings=np.array(list(examples), str),
+        lengths=np.array(lengths, np.int32),
+        words=joined("words", str),
+        relevance=joined("relevance", np.float32),
+        importance=joined("importance", np.float32),
+        chosen=joined("chosen", bool),
+    )
+
+
+def read_words(path: Path) -> dict[str, WordScores]:
+    """What `write_words` wrote; empty where there is no such file."""
+    if not path.exists():
+        return {}
+    with np.load(path) as file:
+        names = ("words", "relevance", "importance", "chosen")
+        parts = {name: np.split(file[name], np.cumsum(file["lengths"])[:-1]) for name in names}
+        headings = [str(heading) for heading in file["headings"]]
+    return {
+        heading: WordScores(
+            words=tuple(str(word) for word in parts["words"][k]),
+            relevance=parts["relevance"][k],
+            importance=parts["importance"][k],
+            chosen=parts["chosen"][k],
+        )
+        for k, heading in enumerate(headings)
+    }
 
 
 def token_table(scores: WordScores) -> list[Column]:

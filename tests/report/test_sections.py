@@ -1,5 +1,6 @@
 """Figures kept in a run's folder: read back as they were, shown on the page, not once they are outdated."""
 
+import dataclasses
 import json
 
 from clipdistill_jax.report import figures
@@ -26,6 +27,14 @@ def test_they_read_back_as_they_were_written(tmp_path):
     )
     assert files[0].read_bytes().startswith(b"\x89PNG")
     assert read_sections(tmp_path, {"student": {"fingerprint": "abc"}}) == sections()
+
+
+def test_a_figure_that_the_page_draws_itself_is_a_file_only(tmp_path):
+    section = sections()[1]
+    one, two = section.panels
+    both = dataclasses.replace(section, panels=[one, dataclasses.replace(two, shown=False)])
+    assert len(write_sections(tmp_path, [both], {})) == 2
+    assert read_sections(tmp_path, {}) == [dataclasses.replace(section, panels=[one])]
 
 
 def test_figures_of_other_weights_are_not_shown(tmp_path):

@@ -1,0 +1,118 @@
+"""CLIP-TD's methods over seeds beside its tables: the figures' consistency, each layout, the verdicts."""
+
+import json
+
+import pytest
+
+from clipdistill_jax.report import paper_tables
+from clipdistill_jax.report.__main__ import main
+from clipdistill_jax.report.ablation import HOLDS, NOT_RUN, REVERSED
+from clipdistill_jax.report.clip_td import ordering_cells, read_methods, report, score_cells
+from tests.report import fake_questions
+
+TABLE = paper_tables.TABLES["vcr/vl_bert"]
+
+
+def test_the_papers_orderings_hold_in_its_own_tables():
+    judged = set()
+    for table in paper_tables.TABLES.values():
+        names = [row.name for row in table.rows]
+        assert len(set(names)) == len(names) and all(len(row.values) == 3 for row in table.rows)
+        for claim in paper_tables.ORDERINGS:
+            for column in table.columns:
+                low, high = table.value(claim.lower, column), table.value(claim.higher, column)
+                if low is not None and high is not None:
+                    judged.add(claim)
+                    assert low < high, (table.title, column, claim)
+    assert judged == set(paper_tables.ORDERINGS)
+
+
+@pytest.mark.parametrize(
+    "shots, column", [(0, "full"), (1, "700"), (100, "700"), (101, "7000"), (9999, "full")]
+)
+def test_the_column_of_so_many_shots(shots, column):
+    assert TABLE.column(shots) == column
+
+
+def put(workdir, method, seed, share, shots=20):
+    folder = workdir / method / f"seed{seed}"
+    folder.mkdir(parents=True)
+    test = {"accuracy": share - 5, "Q->A": share, "QA->R": share - 10, "Q->AR": share / 2, "Q->A/role": 1.0}
+    settings = {"stages": {"student": {"protocol": "low_shot", "shots": shots}}}
+    said = {"row": method, "seed": seed, "stage": "student", "test": test, "config": settings}
+    (folder / "row.json").write_text(json.dumps(said))
+
+
+@pytest.fixture
+def swept(tmp_path):
+    for seed in range(3):
+        put(tmp_path, "clip_td", seed, 50.0 + seed)
+        put(tmp_path, "naive", seed, 30.0 + seed)
+        put(tmp_path, "baseline", seed, 40.0 + seed)
+    put(tmp_path, "ours", 0, 77.0)
+    failed = tmp_path / "ts" / "seed1"
+    failed.mkdir(parents=True)
+    (failed / "failed.json").write_text(json.dumps({"row": "ts", "seed": 1, "error": "OSError: full"}))
+    return tmp_path
+
+
+def test_methods_stand_in_the_papers_order_with_its_numbers(swept):
+    scores, shots, failures = read_methods(swept, TABLE)
+    assert list(scores) == ["baseline", "naive", "clip_td", "ours"] and shots == 20
+    assert failures == ["ts, seed 1 failed: OSError: full"]
+    headings, rows = score_cells(scores, TABLE)
+    assert headings[2:6] == ["all", "Q→A", "QA→R", "Q→AR"]
+    assert rows[0] == [
+        *("baseline", "3", "36.0 ± 1.0", "41.0 ± 1.0", "31.0 ± 1.0", "20.5 ± 0.5"),
+        *("30.85", "57.59", "76.02", "Table 1, Table 8"),
+    ]
+    assert rows[3][6:] == ["-", "-", "-", "-"]
+
+
+def test_orderings_are_judged_where_both_methods_ran(swept):
+    scores, *_ = read_methods(swept, TABLE)
+    headings, rows = ordering_cells(scores, TABLE, "700")
+    assert all(len(row) == len(headings) for row in rows) and len(rows) == len(paper_tables.ORDERINGS)
+    said = {row[0]: row for row in rows}
+    # Deviation 1 of both: pooled error sqrt(2/3) = 0.8.
+    assert said["baseline < clip_td"][2:5] == ["+15.89", f"{HOLDS} (+10.0 ± 0.8)", f"{HOLDS} (+10.0 ± 0.8)"]
+    assert said["baseline < naive"][4] == f"{REVERSED} (-10.0 ± 0.8)"
+    assert set(said["naive < ts"][3:]) == {NOT_RUN}
+    _, fewer = ordering_cells(scores, paper_tables.TABLES["vcr/villa"], "full")
+    assert [row[:3] for row in fewer] == [
+        ["baseline < clip_td", "CLIP-TD is better than no distillation (5.1)", "+0.59"]
+    ]
+
+
+def test_the_command_says_it_plainly(swept, capsys):
+    assert main(["clip_td", f"--workdir={swept}", f"--json={swept / 'out.json'}"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Q→A: of 3 orderings of the paper 2 holds, 0 not told apart, 1 reversed" in said
+    assert "Reversed: baseline < naive." in said and "ts, seed 1 failed" in said
+    assert "20 questions of each group; the paper's column '700' (100 questions of each group)" in said
+    numbers = json.loads((swept / "out.json").read_text())
+    assert numbers["rows"]["naive"]["Q->A"] == [30, 31, 32] and numbers["shots"] == 20
+    markdown = (swept / "clip_td.md").read_text(encoding="utf-8")
+    assert "| clip_td | 3 | 46.0 ± 1.0 | 51.0 ± 1.0 |" in markdown and "naive &lt; clip_td" in markdown
+
+
+def test_one_run_and_a_folder_of_runs_are_read_too(tmp_path):
+    for seed in (0, 1):
+        fake_questions.write(tmp_path / f"seed{seed}", seed)
+    both, shots, _ = read_methods(tmp_path, TABLE)
+    assert list(both) == list(fake_questions.STAGES) and shots == 20  # the pretraining stage answers nothing
+    one, *_ = read_methods(tmp_path / "seed1", TABLE)
+    for name in fake_questions.STAGES:
+        assert len(both[name]["Q->AR"].values) == 2
+        assert one[name]["Q->AR"].values == both[name]["Q->AR"].values[1:]
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path, capsys):
+    with pytest.raises(FileNotFoundError, match="no finished method"):
+        report(tmp_path, "vcr/vl_bert")
+    assert main(["clip_td", f"--workdir={tmp_path}", "--table=vcr/bert"]) == 1
+    assert "there is no table 'vcr/bert'; there is vcr/vl_bert" in capsys.readouterr().err
+    put(tmp_path, "naive", 0, 30.0, shots=20)
+    put(tmp_path, "ts", 0, 30.0, shots=100)
+    with pytest.raises(ValueError, match="different numbers of questions: naive 20, ts 100"):
+        report(tmp_path, "vcr/vl_bert")
