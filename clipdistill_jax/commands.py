@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+ANSWERS, REGION_CLASSES = 3129, 1601  # of VQA v2's vocabulary; of the bottom-up detector
 PACKAGES = ("clipdistill_jax", "jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "flax")
 
 
@@ -65,24 +66,28 @@ def read_config(file: str, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def stage_name(config: Any, name: str) -> str:
-    """`name`; where it is empty, the first stage with a teacher, or the only stage.
+    """`name`; where it is empty, the first stage that learns from a frozen model, or the only stage.
 
     Raises:
       ValueError: neither.
     """
     stages = config["stages"]
-    taught = [stage for stage in stages if stages[stage]["teacher"]]
+    taught = [name for name, stage in stages.items() if stage["terms"]]
     if not (name or taught or len(stages) == 1):
         raise ValueError(f"no stage has a teacher: name one by --stage ({', '.join(stages)})")
     return name or [*taught, *stages][0]
 
 
 def vocab(config: Any) -> dict[str, int]:
-    """Entries of the teacher's and the student's tokenizer, without the data: of "train:N" the N asked for.
+    """What models take from the data (`systems.System`), without the data: of "train:N" the N asked for.
+
+    Of questions, the classes of VQA's answers and of regions are those that published models have.
 
     Raises:
       FileNotFoundError: there is no such tokenizer.
     """
+    from clipdistill_jax.data.formats.vcr import UNITER_PERSONS
+    from clipdistill_jax.systems.questions import QUESTIONS
 
     def size(name: str) -> int:
         if name.startswith("train:"):
@@ -92,9 +97,16 @@ def vocab(config: Any) -> dict[str, int]:
         return Tokenizer.from_dir(name).vocab_size
 
     data = config["data"]
-    teacher = size(data["tokenizer"])
-    own = data["student_tokenizer"]
-    return {"teacher": teacher, "student": size(own) if own else teacher}
+    if data["format"] not in QUESTIONS:
+        teacher, own = size(data["tokenizer"]), data["student_tokenizer"]
+        return {"teacher": teacher, "student": size(own) if own else teacher}
+    words = size(data["student_tokenizer"])
+    persons = UNITER_PERSONS if (data["format"], config["student"]["kind"]) == ("vcr", "uniter") else 0
+    return {
+        **({"teacher": size(data["tokenizer"])} if data["tokenizer"] else {}),
+        **{"student": words + persons, "mask": 0, "random_low": 1, "random_high": words},
+        **{"answers": ANSWERS, "region_classes": REGION_CLASSES},
+    }
 
 
 def versions() -> dict[str, str]:

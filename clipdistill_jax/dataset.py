@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,16 +11,19 @@ import numpy as np
 from jax.sharding import Mesh
 
 from clipdistill_jax.evaluate.evaluator import Split
-from clipdistill_jax.experiment import MODELS, Config, Stage, own_tokens, plain
+from clipdistill_jax.experiment import MODELS, Config, Stage, plain
+from clipdistill_jax.systems.questions import QUESTIONS
+from clipdistill_jax.systems.retrieval import own_tokens
 from clipdistill_jax.train.schedules import from_mapping
 from clipdistill_jax.train.sharding import process_parts
 
 
-def open_dataset(config: Config, home: Path) -> "Dataset":
+def open_dataset(config: Config, home: Path) -> Any:
     """The dataset that a config names, written (the embedded world) and prepared if it is not there yet.
 
     `data.source` is the raw tree, laid out as `data.format` says; empty, it is `home/world`, where `world`
     is written in that format. `data.prepared` is where the prepared records lie; empty, `home/prepared`.
+    Of questions (formats vcr, snli_ve, vqa), a `question_dataset.QuestionDataset`.
     `data.tokenizer` is a Hugging Face directory or hub id; "train:N" trains one of N entries on the training
     captions. `data.student_tokenizer` is the same for a student that reads other tokens.
 
@@ -32,19 +35,24 @@ def open_dataset(config: Config, home: Path) -> "Dataset":
     # TensorFlow is imported here, not above, so that the rest runs where it is not installed.
     from clipdistill_jax.data.formats import reader_options
     from clipdistill_jax.data.pipeline import RetrievalData
-    from clipdistill_jax.data.shapes import WRITERS, WorldConfig
+    from clipdistill_jax.data.shapes import WORLDS, WRITERS
+    from clipdistill_jax.data.tokenizer import open_tokenizer
     from clipdistill_jax.data.video import VideoOptions
     from clipdistill_jax.prepare import prepare_dataset
+    from clipdistill_jax.question_dataset import open_questions
 
     data = plain(config["data"])
-    options = {name: data[name] for name in reader_options(data["format"])}
     source = Path(data["source"] or home / "world").expanduser()
     if not data["source"]:
         if not config["world"]:
             raise ValueError(
                 "data.source is empty: set it to the folder of the dataset (--config.data.source=DIR)"
             )
-        WRITERS[data["format"]](source, from_mapping(WorldConfig, plain(config["world"])))
+        world = WORLDS[data["format"]]
+        WRITERS[data["format"]](source, from_mapping(world, plain(config["world"])))
+    if data["format"] in QUESTIONS:
+        return open_questions(config, home, source)
+    options = {name: data[name] for name in reader_options(data["format"])}
     prepared = Path(data["prepared"] or home / "prepared").expanduser()
     prepare_dataset(
         data["format"],
@@ -60,12 +68,11 @@ def open_dataset(config: Config, home: Path) -> "Dataset":
         max_unreadable=data["max_unreadable"],
         **options,
     )
-    tokenizers = {"teacher": _tokenizer(data["tokenizer"], "clip", prepared, home / "tokenizer")}
+    captions = partial(_training_captions, prepared)
+    tokenizers = {"teacher": open_tokenizer(data["tokenizer"], "clip", captions, home / "tokenizer")}
     if data["student_tokenizer"]:
-        kind = config["student"]["text"]["kind"]
-        tokenizers["student"] = _tokenizer(
-            data["student_tokenizer"], kind, prepared, home / "student_tokenizer"
-        )
+        kind, folder = config["student"]["text"]["kind"], home / "student_tokenizer"
+        tokenizers["student"] = open_tokenizer(data["student_tokenizer"], kind, captions, folder)
     opened = RetrievalData(
         prepared, tokenizers["teacher"], max_tokens=data["max_tokens"], student=tokenizers.get("student")
     )
@@ -74,19 +81,10 @@ def open_dataset(config: Config, home: Path) -> "Dataset":
     return Dataset(opened, data["image_size"], vocab, json.loads(pairs.read_text()) if pairs.exists() else [])
 
 
-def _tokenizer(name: str, kind: str, prepared: Path, folder: Path) -> Any:
-    """The tokenizer that a config names; one to be trained is trained once, in `folder`."""
+def _training_captions(prepared: Path) -> list[str]:
     from clipdistill_jax.data.index import read_index
-    from clipdistill_jax.data.text import Tokenizer, train_clip_bpe
-    from clipdistill_jax.data.wordpiece import train_wordpiece
 
-    if not name.startswith("train:"):
-        return Tokenizer.from_dir(name)
-    if not (folder / "tokenizer.json").exists():
-        captions = [text for said in read_index(prepared, "train").captions for text in said]
-        train = train_wordpiece if kind == "bert" else train_clip_bpe
-        train(captions, int(name.removeprefix("train:")), folder)
-    return Tokenizer.from_dir(folder)
+    return [text for said in read_index(prepared, "train").captions for text in said]
 
 
 class Dataset:
@@ -95,7 +93,10 @@ class Dataset:
     Attributes:
       vocab: {"teacher": entries of its tokenizer, "student": ...}.
       splits: their names.
+      shapes: that batches have.
     """
+
+    shapes = 1
 
     def __init__(self, data: Any, image_size: int, vocab: dict[str, int], pairs: list[list[str]]) -> None:
         self._data, self._image_size, self._pairs = data, image_size, pairs
@@ -121,20 +122,27 @@ class Dataset:
             process_count=count,
         )
 
-    def train_sizes(self, stage: Stage) -> tuple[int, int]:
+    @property
+    def final_split(self) -> str:
+        """The split that results are of."""
+        return "test"
+
+    def note_selection(self, stage: Stage, seed: int, folder: Path) -> None:
+        """A stage of clips takes the first `max_clips`: there is nothing to write down."""
+
+    def train_sizes(self, stage: Stage) -> dict[str, int]:
         """Clips that a stage draws from, and captions that these have."""
         clip_of_caption = self._data.clip_of_caption("train")
         clips = min(stage.config["max_clips"] or sys.maxsize, len(self._data.video_ids("train")))
-        return clips, int((clip_of_caption < clips).sum())
+        return {"clips": clips, "captions": int((clip_of_caption < clips).sum())}
 
-    def train_clips(self, stage: Stage, ids: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
-        """Batches of training clips by id [batches, b]; -1 fills a batch."""
+    def cache_inputs(self, stage: Stage) -> dict[str, Callable[[np.ndarray], Iterable[Mapping[str, Any]]]]:
+        """Batches of training clips and captions by id [batches, b]; -1 fills a batch."""
         sizes = {"num_frames": stage.config["num_frames"], "image_size": self._image_size}
-        return self._data.clip_batches("train", ids, **sizes)
-
-    def train_captions(self, ids: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
-        """Batches of training captions by id [batches, b]; -1 fills a batch."""
-        return self._data.caption_batches("train", ids)
+        return {
+            "clips": lambda ids: self._data.clip_batches("train", ids, **sizes),
+            "captions": lambda ids: self._data.caption_batches("train", ids),
+        }
 
     def identity(self, stage: Stage) -> dict[str, str | int]:
         """What a frozen model's vectors of the training split depend on, beside the model."""

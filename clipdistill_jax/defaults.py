@@ -11,11 +11,14 @@ def data(**fields: Any) -> ConfigDict:
     return _with(
         "data",
         dict(
-            format="msrvtt",  # of the raw tree: or msvd, didemo, activitynet, lsmdc
+            # Of the raw tree: clips (msrvtt, msvd, didemo, activitynet, lsmdc), images with captions
+            # (karpathy) or questions (vcr, snli_ve, vqa).
+            format="msrvtt",
             source="",  # folder of the raw tree; empty: WORKDIR/world, the embedded world
             prepared="",  # folder of the prepared records; empty: WORKDIR/prepared
             train="9k",  # which train list of MSR-VTT: 9k or 7k
             num_validation=500,  # clips of MSR-VTT or ActivityNet held out where there is no validation list
+            restval=True,  # of Karpathy's lists: images of the split "restval" are for training too
             fps=1.0,  # frames kept of a clip, a second
             max_frames=32,  # most frames kept of a clip
             stored_size=0,  # short side of the stored frames; 0: image_size
@@ -27,6 +30,18 @@ def data(**fields: Any) -> ConfigDict:
             max_tokens=32,  # with begin and end of text
             tokenizer="",  # a Hugging Face directory or hub id; "train:N": N entries, learned from captions
             student_tokenizer="",  # the same for a student with another text tower; empty: `tokenizer`
+            # Of questions about images (formats vcr, snli_ve, vqa):
+            questions=("qa", "qar"),  # of VCR: answers to questions, rationales of answers
+            clip_tokens=77,  # of CLIP's texts; max_tokens is the student's
+            clip_text="both",  # CLIP reads question and choice, or "choice": it alone
+            regions="",  # folder or file of region features; empty: SOURCE/regions
+            region_format="npz",  # UNITER's npz or "lmdb", bottom-up "tsv", "vl_bert" json
+            region_width=2048,  # of their features
+            max_regions=100,  # most regions of an image, beside the image itself
+            answers="",  # file of VQA's answers, class by class; empty: made of the training split
+            answer_prompt="a photo of {}",  # what CLIP reads of an answer of VQA
+            buckets=14,  # most shapes of a batch: tokens and regions are padded to the next
+            allow_missing=False,  # leave out questions whose files are missing
         ),
         fields,
     )
@@ -41,12 +56,21 @@ def stage(**fields: Any) -> ConfigDict:
             model="",  # "teacher" or "student": a section of the config
             temporal="",  # another kind of temporal head than the model's
             # Where weights start: "stage:NAME", a file, a directory, a hub id; temporal may also be "text".
-            init=dict(model="", text="", vision="", temporal=""),
+            # Of a file for a student of questions, names' beginnings that may be missing, or are not used.
+            init=dict(model="", text="", vision="", temporal="", missing=(), unused=()),
             teacher="",  # the stage to learn from
             # Raw CLIP, for local alignment: the teacher's towers without a head, of "stage:NAME" or files.
             clip="",
+            protocol="full",  # of questions: or "low_shot", "semi_supervised" (the rest without labels)
+            shots=0,  # labelled questions of each group
+            loss="",  # of the answers, see tasks.choices; empty: the student's own
+            ranking="logit",  # of UNITER's choices: or "log_odds"
+            object_loss=0.0,  # weight of VL-BERT's classes of regions
+            pretraining={},  # fields of tasks.pretraining.Pretraining: adaptive finetuning
+            adversarial={},  # fields of tasks.adversarial.Adversarial, or its preset: VILLA
             cache=False,  # compute the frozen models' vectors once, before training, and join them by id
             terms={},  # what to distil: name -> weight (a number or a schedule) and the term's own fields
+            gate={},  # fields of distill.confidence.ConfidenceGate; {}: distil everywhere
             captions="all",  # every caption is an item, or "one": every clip is, with its captions in turn
             max_clips=0,  # train on the first of them only; 0: all
             num_frames=0,  # 0: data.num_frames
@@ -88,5 +112,5 @@ def _with(what: str, known: dict[str, Any], fields: dict[str, Any]) -> ConfigDic
             )
         inner = known[name]
         # What a stage says of its optimizer or init is said on top of the defaults.
-        known[name] = {**inner, **value} if isinstance(inner, dict) and name != "terms" else value
+        known[name] = {**inner, **value} if isinstance(inner, dict) and inner else value
     return ConfigDict(known)

@@ -4,16 +4,18 @@
 
 The folder holds the model without its projections and its optimizer: config.json, model.safetensors, the
 tokenizer, both encoders as StableHLO (CPU, GPU and TPU, any batch size) and a model card. It is read back and
-compared with the model before it gets its name.
+compared with the model before it gets its name. With --format=clip the folder is a Hugging Face directory of
+CLIP: what the `clip` of another run can be.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,12 +24,13 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from clipdistill_jax.convert import dual_encoder
+from clipdistill_jax.convert import dual_encoder, hf_clip
 from clipdistill_jax.data.text import Tokenizer
 from clipdistill_jax.distill.teacher import fingerprint
-from clipdistill_jax.experiment import Config, plain, stage_config, stage_module
+from clipdistill_jax.experiment import MODELS, Config, plain, stage_config, stage_module
 from clipdistill_jax.model_card import model_card
 from clipdistill_jax.models.build import build_model
+from clipdistill_jax.models.clip import ClipText, ClipVision
 from clipdistill_jax.models.dual_encoder import MAX_LOG_SCALE, DualEncoder
 from clipdistill_jax.models.temporal import TightTransf
 from clipdistill_jax.weights import stage_variables
@@ -104,13 +107,61 @@ def export_stage(stage: Path, out: Path, dtype: str = "float32") -> dict[str, fl
       FileNotFoundError: no such stage, or it is not finished.
       ValueError: `out` is not empty; the model has no vector for a clip; what was written differs.
     """
-    from clipdistill_jax.run import run_folders  # here, so that a reader of folders does without the trainer
-
-    stage, out = stage.expanduser().resolve(), out.expanduser().absolute()
+    out = _free(out)
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    config, result, tokenizer, variables = _finished(stage)
+    described = describe(config, result, variables, tokenizer, dtype)
+    kind = config["stages"][result["stage"]]["model"]
+    computing = {**config, kind: {**config[kind], "dtype": dtype, "remat": False}}
+    module = stage_module(computing, result["stage"], {kind: tokenizer.vocab_size})
+    with _whole(out) as folder:
+        _write_tokenizer(folder, tokenizer, described["text"]["max_tokens"])
+        dual_encoder.write(folder, described, variables)
+        found = compare(folder, module, variables, tokenizer)
+        (folder / "README.md").write_text(model_card(config, described, result), encoding="utf-8")
+    return found
+
+
+def export_clip(stage: Path, out: Path) -> None:
+    """Writes the CLIP of a finished stage as a Hugging Face directory: weights in float32, tokenizer.
+
+    `CLIPModel.from_pretrained` reads it, and a config takes it wherever it takes CLIP's hub id.
+
+    Args:
+      stage, out: as in `export_stage`.
+
+    Raises:
+      FileNotFoundError: no such stage, or it is not finished.
+      ValueError: `out` is not empty; a tower is not CLIP's, or the temporal head has weights of its own.
+    """
+    out = _free(out)
+    config, result, tokenizer, variables = _finished(stage)
+    name, params = result["stage"], variables["params"]
+    module = stage_module(config, name, dict.fromkeys(MODELS, tokenizer.vocab_size))
+    vision, text = module.vision, module.text
+    if not (isinstance(vision, ClipVision) and isinstance(text, ClipText)) or "temporal" in params:
+        raise ValueError(f"stage {name!r} is no CLIP: its towers are others, or it has a temporal head")
+    said = dataclasses.replace(text.config, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eot_id)
+    with _whole(out) as folder:
+        _write_tokenizer(folder, tokenizer, text.config.context_length)
+        hf_clip.save(folder, (vision.config, said), params)
+        if fingerprint(hf_clip.load(folder)[2]) != fingerprint(params):
+            raise ValueError("what was written is not the model: its weights read back differ")
+
+
+def _free(out: Path) -> Path:
+    out = out.expanduser().absolute()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} is there already and is no empty folder: give another --out, or remove it")
+    return out
+
+
+def _finished(stage: Path) -> tuple[Config, dict[str, Any], Tokenizer, dict[str, Any]]:
+    """Config, result, tokenizer and variables of a finished stage."""
+    from clipdistill_jax.run import run_folders  # here, so that a reader of folders does without the trainer
+
+    stage = stage.expanduser().resolve()
     config, result = _read(stage / "config.json"), _read(stage / "result.json")
     home = run_folders(config, stage.parent)[-1]  # where the data and the trained tokenizers lie
     tokenizer, variables = _tokenizer(config, result["stage"], home), stage_variables(stage)
@@ -119,28 +170,27 @@ def export_stage(stage: Path, out: Path, dtype: str = "float32") -> dict[str, fl
             f"{stage / 'result.json'} is of other weights than the checkpoint of step {result['step']}: "
             "run the stage to its end"
         )
-    described = describe(config, result, variables, tokenizer, dtype)
-    kind = config["stages"][result["stage"]]["model"]
-    computing = {**config, kind: {**config[kind], "dtype": dtype, "remat": False}}
-    module = stage_module(computing, result["stage"], {kind: tokenizer.vocab_size})
-    partial_folder = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    partial_folder.mkdir(parents=True)
+    return config, result, tokenizer, variables
+
+
+@contextlib.contextmanager
+def _whole(out: Path) -> Iterator[Path]:
+    """A folder to write to, which gets its name `out` at the end, or vanishes at an error."""
+    folder = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    folder.mkdir(parents=True)
     try:
-        tokenizer.backend.save(str(partial_folder / "tokenizer.json"))
-        tokenizer.backend.model.save(str(partial_folder))  # vocab.json and merges.txt, or vocab.txt
-        said = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_max_length": described["text"]["max_tokens"],
-        }
-        (partial_folder / "tokenizer_config.json").write_text(json.dumps(said, indent=2) + "\n")
-        dual_encoder.write(partial_folder, described, variables)
-        found = compare(partial_folder, module, variables, tokenizer)
-        (partial_folder / "README.md").write_text(model_card(config, described, result), encoding="utf-8")
-        os.rename(partial_folder, out)
+        yield folder
+        os.rename(folder, out)
     except BaseException:
-        shutil.rmtree(partial_folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         raise
-    return found
+
+
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer, length: int) -> None:
+    tokenizer.backend.save(str(folder / "tokenizer.json"))
+    tokenizer.backend.model.save(str(folder))  # vocab.json and merges.txt, or vocab.txt
+    said = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": length}
+    (folder / "tokenizer_config.json").write_text(json.dumps(said, indent=2) + "\n")
 
 
 def describe(
@@ -273,8 +323,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--stage", required=True, type=Path, help="folder of a stage, WORKDIR/STAGE")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder to make")
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="what it computes in")
+    parser.add_argument("--format", default="encoders", choices=("encoders", "clip"), help="what is written")
     args = parser.parse_args(argv)
     try:
+        if args.format == "clip":
+            export_clip(args.stage, args.out)
+            print(f"{args.out}: a Hugging Face directory of CLIP; read back and the same")
+            return 0
         found = export_stage(args.stage, args.out, args.dtype)
     except (ValueError, KeyError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -24,6 +24,7 @@ from clipdistill_jax.devices import peak_flops
 from clipdistill_jax.evaluate.evaluator import RetrievalEvaluator, Split
 from clipdistill_jax.experiment import (
     Config,
+    Frozen,
     Stage,
     build_stage,
     cached_example,
@@ -33,6 +34,7 @@ from clipdistill_jax.experiment import (
     student_variables,
 )
 from clipdistill_jax.report.sizes import flops
+from clipdistill_jax.systems import make_system
 from clipdistill_jax.train import sharding
 from clipdistill_jax.train import state as states
 from clipdistill_jax.train.meter import Meter
@@ -64,10 +66,12 @@ class Training:
         for name, model in stage.teachers.items():
             with jax.set_mesh(mesh):
                 init = jax.jit(
-                    lambda key, model=model: model.needed(model.module.init(key, batch, method="complete")),
+                    lambda model=model, name=name: model.needed(
+                        stage.system.frozen(model.module, stage.config, name, batch)[1]
+                    ),
                     out_shardings=jax.tree.map(lambda x: x.sharding, model.needed(model.variables)),
                 )
-                self._frozen[name] = init(key)
+                self._frozen[name] = init()
 
     def run(self, feed: Iterator[Placed], steps: int) -> dict[str, float]:
         """Trains one step untimed and `steps` timed; the meter's report of the latter."""
@@ -87,14 +91,18 @@ def random_batch(
     """A batch of noise in the shapes of a stage, without padding; rows of one process."""
     rng = np.random.default_rng(seed)
     batch = {key: np.array(value) for key, value in example_batch(config, stage.name, size).items()}
-    batch["frames"] = rng.integers(0, 256, batch["frames"].shape, np.uint8)
-    for prefix, model in (("", "teacher"), ("student_", "student")):
-        if f"{prefix}tokens" in batch:
-            tokens, word_ids = batch[f"{prefix}tokens"], batch[f"{prefix}word_ids"]
-            tokens[:] = rng.integers(0, vocab[model], tokens.shape, np.int32)
-            word_ids[:] = np.arange(word_ids.shape[1]) - 1
-            word_ids[:, -1] = -1  # BOS has -1 by the line above
-    batch["example_id"][:] = batch["clip_id"][:] = np.arange(size)
+    for name, value in batch.items():
+        if value.dtype == np.uint8:
+            batch[name] = rng.integers(0, 256, value.shape, np.uint8)
+        elif value.dtype == np.float32 and name != "image_size":
+            batch[name] = rng.random(value.shape, np.float32)
+        elif name.endswith("_id"):
+            batch[name] = np.arange(size, dtype=np.int32)
+        elif name.endswith("tokens"):
+            value[:] = rng.integers(0, min(vocab.values()), value.shape, np.int32)
+        elif name.endswith("word_ids"):
+            value[:] = np.arange(value.shape[-1]) - 1
+            value[..., -1] = -1  # BOS has -1 by the line above
     for key, value in cached_example(stage, size).items():
         batch[key] = ~value if value.dtype == bool else rng.normal(size=value.shape).astype(value.dtype)
     return batch
@@ -105,15 +113,22 @@ def model_flops(config: Config, stage: Stage) -> dict[str, float]:
 
     A backward pass counts as two forward passes; what rematerialisation computes again counts nothing.
     """
-    batch = jax.eval_shape(lambda: example_batch(config, stage.name, stage.config["batch_size"]))
+    system = stage.system
+    online: Config = {**stage.config, "cache": False, "chunks": 1}
+    whole = make_system(
+        {**plain(config), "stages": {**plain(config["stages"]), stage.name: online}}, system.vocab
+    )
+    batch = jax.eval_shape(lambda: whole.example(stage.name, stage.config["batch_size"]))
+    params = stage.template.params["student"], stage.template.model_state
+    student = whole.student(stage.module, online)
 
-    def forward(module: Any) -> float:
-        variables = jax.eval_shape(lambda b: module.init(jax.random.key(0), b, method="complete"), batch)
-        return flops(lambda v, b: module.apply(v, b, method="complete").similarity, variables, batch)
+    def asked(of: str, model: Frozen) -> float:
+        teach = whole.teach(model.module, online, of, model.layers)
+        return flops(teach, model.variables, batch)
 
     return {
-        "student": 3 * forward(stage.module),
-        "teacher": sum(forward(model.module) for model in stage.teachers.values()),
+        "student": 3 * flops(lambda *args: student(*args)[0], *params, batch, jax.random.key(0)),
+        "teacher": sum(asked(of, model) for of, model in stage.teachers.items()),
     }
 
 

@@ -1,28 +1,27 @@
 """Reads a raw dataset once and writes records that training reads at random.
 
 python -m clipdistill_jax.prepare --format=msrvtt --source=DIR --out=DIR
+python -m clipdistill_jax.prepare regions --help    # features of boxes in images
 """
 
 import argparse
-import contextlib
 import dataclasses
-import fcntl
 import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from clipdistill_jax.data import index as files
 from clipdistill_jax.data.formats import FORMATS, Clip, ClipSplits, Problem, reader, reader_options
+from clipdistill_jax.data.prepared import is_prepared, locked, same_manifest
 from clipdistill_jax.data.progress import progress_bar
 from clipdistill_jax.data.video import UnreadableVideo, VideoFrames, VideoOptions
 from clipdistill_jax.data.workers import available_cores
 
 LAYOUT = 1  # raised when newer code no longer reads what older code prepared
-_LOCK = ".prepare.lock"
 _UNREADABLE = ("missing_video", "unreadable_video")
 
 
@@ -78,12 +77,12 @@ def prepare_dataset(
     def read() -> ClipSplits:
         return reader(format)(source, **read_options)
 
-    if _is_prepared(out):
-        return _same_manifest(out, options, source, read().fingerprint if source.exists() else None)
+    if is_prepared(out):
+        return same_manifest(out, options, source, read().fingerprint if source.exists() else None)
     clips = read()
-    with _locked(out):
-        if _is_prepared(out):  # by another process, while this one waited
-            return _same_manifest(out, options, source, clips.fingerprint)
+    with locked(out):
+        if is_prepared(out):  # by another process, while this one waited
+            return same_manifest(out, options, source, clips.fingerprint)
         manifest = _prepare(clips, out, video, workers, max_unreadable, progress)
         manifest["options"] = options
         manifest["source"] = {"path": str(source.resolve()), "fingerprint": clips.fingerprint}
@@ -153,41 +152,6 @@ def _check_unreadable(problems: list[Problem], listed: int, max_unreadable: floa
         )
 
 
-def _is_prepared(out: Path) -> bool:
-    return (out / files.MANIFEST).is_file()
-
-
-def _same_manifest(
-    out: Path, options: dict[str, Any], source: Path, fingerprint: str | None
-) -> dict[str, Any]:
-    """The manifest of a prepared folder, if it is of these options and (where known) of these files."""
-    manifest = files.read_manifest(out)
-    before = manifest["options"]
-    other = [k for k in (*options, *(before.keys() - options.keys())) if before.get(k) != options.get(k)]
-    if other:
-        changes = ", ".join(f"{k}={before.get(k)!r} (now {options.get(k)!r})" for k in other)
-        raise ValueError(f"{out} was prepared with {changes}. Give another folder, or remove this one.")
-    if fingerprint not in (None, manifest["source"]["fingerprint"]):
-        raise ValueError(
-            f"{out} was prepared from {manifest['source']['path']}; the annotations or videos in {source} "
-            "are not the same as then. Give another folder, or remove this one."
-        )
-    return manifest
-
-
-@contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """One preparation a folder at a time. The lock file also tells a folder of ours from any other."""
-    if out.exists() and any(out.iterdir()) and not (out / _LOCK).exists():
-        raise ValueError(
-            f"{out} is not empty and not of this program's making: give a new or an empty folder"
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / _LOCK, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def _report(manifest: dict[str, Any], out: Path) -> str:
     lines = [f"{out}:"]
     for split, n in manifest["splits"].items():
@@ -205,13 +169,26 @@ def _report(manifest: dict[str, Any], out: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] == "regions":
+        from clipdistill_jax import prepare_regions  # needs JAX, the rest here does not
+
+        return prepare_regions.main(argv[1:])
     parser = argparse.ArgumentParser(
-        prog="python -m clipdistill_jax.prepare", description=__doc__, allow_abbrev=False
+        prog="python -m clipdistill_jax.prepare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--format", required=True, choices=list(FORMATS), help="how the raw tree is laid out")
     parser.add_argument("--source", required=True, help="the raw tree")
     parser.add_argument("--out", required=True, help="folder of the prepared records")
     parser.add_argument("--train", help="msrvtt: which train list, 9k (default) or 7k")
+    parser.add_argument(
+        "--restval",
+        action=argparse.BooleanOptionalAction,
+        help="karpathy: images of COCO's restval are for training; default yes",
+    )
     parser.add_argument(
         "--num_validation",
         type=int,
@@ -226,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=None, help="decoding processes; default one a core")
     parser.add_argument("--max_unreadable", type=float, default=0.05, help="fraction of clips")
     args = parser.parse_args(argv)
-    given = {"train": args.train, "num_validation": args.num_validation}
+    given = {"train": args.train, "num_validation": args.num_validation, "restval": args.restval}
     try:
         video = VideoOptions(args.fps, args.max_frames, args.size, args.store_square, args.quality)
         manifest = prepare_dataset(

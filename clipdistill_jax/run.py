@@ -12,9 +12,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from clipdistill_jax.dataset import Dataset, open_dataset
+from clipdistill_jax.dataset import open_dataset
 from clipdistill_jax.distill.teacher import fingerprint
-from clipdistill_jax.evaluate.evaluator import RetrievalEvaluator
 from clipdistill_jax.experiment import Config, Stage, build_stage, plain, stage_config, student_variables
 from clipdistill_jax.report.sizes import model_sizes
 from clipdistill_jax.teachers import load_teachers, training_batches
@@ -30,7 +29,7 @@ from clipdistill_jax.train.writers import (
     TensorBoardWriter,
     on_first_host,
 )
-from clipdistill_jax.weights import read_initial, stage_variables
+from clipdistill_jax.weights import stage_variables
 
 RESULT = "result.json"
 CACHE = "teacher_cache"
@@ -104,7 +103,8 @@ def stage_order(config: Config) -> list[str]:
 
 
 def _needs(stage: Config) -> list[str]:
-    sources = [*plain(stage["init"]).values(), stage["clip"]]
+    given = [*plain(stage["init"]).values(), stage["clip"]]
+    sources = [source for source in given if isinstance(source, str)]
     started = [source.removeprefix("stage:") for source in sources if source.startswith("stage:")]
     return [name for name in (*started, stage["teacher"]) if name]
 
@@ -154,14 +154,16 @@ def _origin(config: Config, name: str) -> str:
 
 
 def run_stage(
-    config: Config, stage: Stage, dataset: Dataset, mesh: Mesh, runs: Sequence[Path], key: str
+    config: Config, stage: Stage, dataset: Any, mesh: Mesh, runs: Sequence[Path], key: str
 ) -> dict[str, Any]:
     """Trains a stage, evaluates the selected checkpoint on the test split and writes its result."""
     folder, settings = run_folder(runs[0] / stage.name, plain(config)), stage.config
     recipe, seed = _recipe(config, stage.name), config["seed"]
     teachers = load_teachers(stage, dataset, mesh, runs, runs[-1] / CACHE)
     identity = {"recipe": _hash([recipe, seed]), "teacher": None, "clip": None, **teachers.fingerprints}
-    evaluator = RetrievalEvaluator(stage.module, mesh)
+    evaluator = stage.system.evaluator(stage.module, settings, mesh)
+    if jax.process_index() == 0:
+        dataset.note_selection(stage, seed, folder)
 
     def evaluate(state: states.TrainState, step: int) -> dict[str, float]:
         metrics, _ = evaluator(student_variables(state), dataset.split("validation", stage, mesh))
@@ -177,7 +179,7 @@ def run_stage(
         identity=identity,
         info={"stage": stage.name, "key": key},
     )
-    logging.info("stage %s: %d steps of %d clips", stage.name, settings["steps"], settings["batch_size"])
+    logging.info("stage %s: %d steps of %d examples", stage.name, settings["steps"], settings["batch_size"])
     started = time.monotonic()
     finished = train(
         initial_state(config, stage, mesh, runs),
@@ -185,6 +187,8 @@ def run_stage(
         batches,
         LoopConfig(
             steps=settings["steps"],
+            shapes=dataset.shapes,
+            unit=stage.system.unit,
             log_every=settings["log_every"],
             eval_every=settings["eval_every"] or None,
             save_every=settings["save_every"] or None,
@@ -192,9 +196,9 @@ def run_stage(
         ),
         mesh,
         frozen=teachers.variables,
-        writer=on_first_host(lambda: _writer(folder, settings)),
+        writer=on_first_host(lambda: _writer(folder, settings, stage.system.unit)),
         checkpointer=checkpointer,
-        evaluate=evaluate if "validation" in dataset.splits else None,
+        evaluate=evaluate if evaluator and "validation" in dataset.splits else None,
     )
     seconds = time.monotonic() - started
     selected = checkpoint.Checkpointer(folder / "checkpoints", best_metric=settings["select"] or None)
@@ -204,7 +208,8 @@ def run_stage(
     # Where the training had them: what the validation compiled serves the test split too.
     where = jax.tree.map(lambda x: x.sharding, student_variables(stage.template))
     placed = sharding.place_tree(variables, where)
-    metrics, scores = evaluator(placed, dataset.split("test", stage, mesh))
+    final = dataset.final_split
+    metrics, scores = evaluator(placed, dataset.split(final, stage, mesh)) if evaluator else ({}, {})
     result = {
         "stage": stage.name,
         "key": key,
@@ -214,11 +219,13 @@ def run_stage(
         "seconds": seconds,
         "fingerprint": fingerprint(variables),
         "validation": finished.metrics,
+        "split": final,
         "test": metrics,
         "sizes": model_sizes(stage.module, config, stage.name),
     }
     if jax.process_index() == 0:
-        arrays: dict[str, Any] = {"scores": scores, **dataset.describe("test")}
+        arrays = scores if isinstance(scores, dict) else {"scores": scores}
+        arrays = {**arrays, **dataset.describe(final)} if evaluator else {}
         np.savez_compressed(folder / "scores.npz", **arrays)
         (folder / RESULT).write_text(json.dumps(result, indent=1))
     sharding.wait_for_all()  # the next stage may read it
@@ -233,15 +240,15 @@ def initial_state(config: Config, stage: Stage, mesh: Mesh, runs: Sequence[Path]
     if not any(init.values()):
         return state
     params, model_state = sharding.fetch((state.params, state.model_state))
-    student, model_state = read_initial(init, params["student"], model_state, runs)
+    student, model_state = stage.system.start(init, params["student"], model_state, runs)
     return states.with_params(state, {**params, "student": student}, model_state)
 
 
-def _writer(folder: Path, settings: Config) -> MetricWriter:
+def _writer(folder: Path, settings: Config, unit: str) -> MetricWriter:
     shown = ["task_loss", *(f"{name}_loss" for name in settings["terms"])]
     return MultiWriter(
         [
-            ConsoleWriter(keys=shown if settings["terms"] else ()),
+            ConsoleWriter(keys=shown if settings["terms"] else (), unit=unit),
             JsonlWriter(folder / "metrics.jsonl"),
             TensorBoardWriter(folder / "tensorboard"),
         ]

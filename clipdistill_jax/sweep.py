@@ -30,7 +30,12 @@ ROW, FAILED, LOG = "row.json", "failed.json", "log.txt"
 TEACHER, SHARED = "teacher", "shared"  # the row that is trained before the others, and its folder
 BEAT = 30.0  # seconds between signs of life
 STOPPED = 143  # exit status after SIGTERM
-_RECALLS = {"t2v_R@1": "text to video R@1", "v2t_R@1": "video to text R@1"}
+_SHOWN = {
+    "t2v_R@1": "text to video R@1",
+    "v2t_R@1": "video to text R@1",
+    "Q->A": "Q->A",
+    "accuracy": "accuracy",
+}
 _ANYWHERE = {"base": "", "mesh": {}, "rows": ()}  # fields of a config that change no result
 
 
@@ -128,8 +133,8 @@ def _outcome(job: Job, status: str) -> str:
         error = json.loads((job.folder / FAILED).read_text())["error"]
         return f"failed: {error} (more in {job.folder / LOG})"
     test = json.loads((job.folder / ROW).read_text()).get("test", {})
-    recalls = [f"{name} {test[key]:.1f}" for key, name in _RECALLS.items() if key in test]
-    return ", ".join(["finished before" if status == "finished" else "done", *recalls])
+    shown = [f"{name} {test[key]:.1f}" for key, name in _SHOWN.items() if key in test]
+    return ", ".join(["finished before" if status == "finished" else "done", *shown])
 
 
 def train_job(job: Job, claim: Claim) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """The frozen models of a stage: their weights on the devices, what they are, and their cached vectors."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,10 +8,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from clipdistill_jax.dataset import Dataset
 from clipdistill_jax.distill import cache
+from clipdistill_jax.distill.choices import answer_vectors, similarities
+from clipdistill_jax.distill.confidence import fit_anchors
 from clipdistill_jax.distill.teacher import fingerprint
-from clipdistill_jax.experiment import Config, Frozen, Stage, teacher_cache_spec
+from clipdistill_jax.experiment import Config, Frozen, Stage
 from clipdistill_jax.train import sharding
 from clipdistill_jax.train import state as states
 from clipdistill_jax.weights import find_stage, read_clip, stage_variables
@@ -32,9 +32,7 @@ class Teachers(NamedTuple):
     caches: Sequence[cache.TeacherCache]
 
 
-def load_teachers(
-    stage: Stage, dataset: Dataset, mesh: Mesh, runs: Sequence[Path], cache_root: Path
-) -> Teachers:
+def load_teachers(stage: Stage, dataset: Any, mesh: Mesh, runs: Sequence[Path], cache_root: Path) -> Teachers:
     """Reads the frozen models of a stage and, where it caches, computes what is missing of their vectors.
 
     Args:
@@ -51,6 +49,8 @@ def load_teachers(
     variables, prints, caches = {}, {}, []
     for of, model in stage.teachers.items():
         read = _read(of, model, stage.config, runs)
+        if "choices" in model.variables:
+            read = {**read, "choices": _choices(model, read, stage, dataset, mesh)}
         states.check_same(read, model.variables)
         prints[of] = fingerprint(read)
         if model.cached:
@@ -63,7 +63,7 @@ def load_teachers(
 
 
 def training_batches(
-    stage: Stage, dataset: Dataset, teachers: Teachers, seed: int, mesh: Mesh, start: int
+    stage: Stage, dataset: Any, teachers: Teachers, seed: int, mesh: Mesh, start: int
 ) -> Iterator[Mapping[str, np.ndarray]]:
     """This process's batches from step `start` on, with the cached vectors of their examples."""
     batches = dataset.train_batches(stage, start, seed, mesh)
@@ -72,33 +72,50 @@ def training_batches(
 
 def _read(of: str, model: Frozen, config: Config, runs: Sequence[Path]) -> Any:
     if of == "clip":
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), model.variables)
+        own = {name: tree for name, tree in model.variables.items() if name != "choices"}
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), own)
         return read_clip(config["clip"], like, runs)
     return stage_variables(find_stage(config["teacher"], runs))
+
+
+def _choices(model: Frozen, read: Any, stage: Stage, dataset: Any, mesh: Mesh) -> dict[str, np.ndarray]:
+    """What CLIP's logits are made with: VQA's answers' vectors, or SNLI-VE's anchors; without labels."""
+    placed = _place(read, {name: model.variables[name] for name in read})
+    with jax.set_mesh(mesh):
+        if "answers" in model.variables["choices"]:
+            said = dataset.clip_answers()
+            vectors = jax.jit(lambda v, tokens, mask: answer_vectors(model.module, v, tokens, mask))
+            return {"answers": sharding.fetch(vectors(placed, said.tokens, said.token_mask))}
+        found = similarities(
+            model.module,
+            placed,
+            dataset.clip_pairs(stage, mesh),
+            place=lambda batch: sharding.place_batch(batch, mesh),
+            fetch=sharding.fetch,
+        )
+    return {"anchors": np.asarray(fit_anchors(found), np.float32)}
 
 
 def _place(read: Any, like: Any) -> Any:
     return sharding.place_tree(read, jax.tree.map(lambda x: x.sharding, like))
 
 
-def _spec(stage: Stage, of: str, dataset: Dataset, print_: str) -> cache.CacheSpec:
-    clips, captions = dataset.train_sizes(stage)
-    about = dataset.identity(stage)
-    return teacher_cache_spec(stage, of, fingerprint=print_, data=about, clips=clips, captions=captions)
+def _spec(stage: Stage, of: str, dataset: Any, print_: str) -> cache.CacheSpec:
+    about = {"fingerprint": print_, "data": dataset.identity(stage)}
+    return stage.teachers[of].cache_spec(**about, **dataset.train_sizes(stage))
 
 
 def _build(
-    stage: Stage, model: Frozen, read: Any, spec: cache.CacheSpec, folder: Path, dataset: Dataset, mesh: Mesh
+    stage: Stage, model: Frozen, read: Any, spec: cache.CacheSpec, folder: Path, dataset: Any, mesh: Mesh
 ) -> None:
     index, count = sharding.process_parts(mesh)
     placed = _place(read, model.variables)
     with jax.set_mesh(mesh):
-        vectors = cache.frozen_vectors(
+        vectors = stage.system.vectors(
             model.module,
             placed,
             spec,
-            clips=partial(dataset.train_clips, stage),
-            captions=dataset.train_captions,
+            **dataset.cache_inputs(stage),
             place=lambda batch: sharding.place_batch(batch, mesh),
             sharding=sharding.batch_sharding(mesh),
         )

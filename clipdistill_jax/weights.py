@@ -126,7 +126,7 @@ def read_initial(
     A ViT's position table is interpolated to the model's grid. A MobileViTv2 or a BERT of others has no
     projection to the joint space: the model's own stays. Of a deeper text tower the first blocks are taken.
     """
-    unknown = sorted(set(init) - set(PARTS))
+    unknown = sorted({name for name, value in init.items() if value} - set(PARTS))
     if unknown:
         raise ValueError(f"init has no {unknown[0]!r}; it can have {', '.join(PARTS)}")
     given: dict[str, Any] = {}

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,7 @@ class ConfidenceGate:
 
     temperature: float = 1.0
     choices: str = "all"
+    needs: ClassVar = ("logits",)
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:

@@ -14,6 +14,9 @@ from clipdistill_jax.models.features import Batch, Features
 Metrics = dict[str, tuple[Array, Array]]
 Student = Callable[[Any, Any, Batch, Any], tuple[Features, Any]]
 Teach = Callable[[Any, Batch], Features]
+# (task, one_pass, params, model_state, batch, rng, step, targets) -> what the loss function returns, with
+# one_pass(task, params, model_state, batch, rng, step, targets) -> (loss, (metrics, model_state, Features))
+Adversary = Callable[..., tuple[Any, Any]]
 _MASK = 1 << 16  # where the terms' random numbers start; the student's chunks count from 0
 
 
@@ -41,6 +44,7 @@ def check_terms(terms: tuple[WeightedTerm, ...], student: Features, teachers: Ma
     """Raises ValueError, with both names, where a term needs a model or a field that is not given."""
     for item in terms:
         needs, of = item.term.needs, teacher_of(item.term)  # type: ignore[attr-defined]
+        needs = (*needs, *getattr(item.gate, "needs", ()))
         if of not in teachers:
             raise ValueError(
                 f"term {item.name!r} compares with `{of}`, and the stage names none: set its {of!r}"
@@ -67,18 +71,24 @@ def init_terms(
 
 
 def distillation_loss(
-    task: Callable[[Features, Batch], tuple[Float[Array, " b"], Bool[Array, " b"], Mapping[str, Array]]],
+    task: Callable[[Features, Batch], tuple[Float[Array, " b"], Bool[Array, " b"], Mapping[str, Any]]],
     terms: tuple[WeightedTerm, ...],
     student: Student,
     teachers: Mapping[str, Teach],
+    distil_on: Callable[[Features, Batch], Bool[Array, " b"]] | None = None,
+    adversary: Adversary | None = None,
 ):
     """The trainer's loss function.
 
     Args:
-      task: (features, batch) -> per-example loss [B], valid [B], more per-example metrics.
+      task: (features, batch) -> per-example loss [B], valid [B], more per-example metrics; a metric that
+        counts for other examples than the loss is a pair (values, which).
       terms: what to distil.
       student: (params, model_state, batch, rng) -> (Features, new model_state).
       teachers: by name, (variables, batch) -> Features; run without gradient.
+      distil_on: (features, batch) -> the examples that the terms count; None: the task's valid ones. With
+        more than those, questions without labels are distilled too.
+      adversary: how the whole sum is perturbed; None: not at all.
 
     Returns:
       loss_fn(params, model_state, frozen, batch, rng, step) -> (loss, (metrics, new model_state)) with
@@ -90,26 +100,37 @@ def distillation_loss(
     if missing := {teacher_of(t.term) for t in terms} - set(teachers):
         raise ValueError(f"terms {', '.join(t.name for t in terms)} need {', '.join(missing)}: none is given")
 
-    def loss_fn(params, model_state, frozen, batch, rng, step):
+    def one_pass(task, params, model_state, batch, rng, step, targets):
         features, new_state = student(params["student"], model_state, batch, rng)
         values, valid, extra = task(features, batch)
-        metrics: Metrics = {name: mean_of_valid(value, valid) for name, value in extra.items()}
+        metrics: Metrics = {
+            name: mean_of_valid(*value) if isinstance(value, tuple) else mean_of_valid(value, valid)
+            for name, value in extra.items()
+        }
         total, count = metrics["task_loss"] = mean_of_valid(values, valid)
         loss = total / jnp.maximum(count, 1)
-        targets = {
-            name: jax.lax.stop_gradient(teach(frozen[name], batch)) for name, teach in teachers.items()
-        }
+        distilled = valid if distil_on is None else distil_on(features, batch)
         for i, item in enumerate(terms):
             target = targets[teacher_of(item.term)]
             variables = {"params": params["terms"].get(item.name, {})}
             rngs = {} if rng is None else {"mask": jax.random.fold_in(rng, _MASK + i)}
-            values = item.term.apply(variables, features, target, valid, rngs=rngs)
+            values = item.term.apply(variables, features, target, distilled, rngs=rngs)
             if item.gate is not None:
                 gate = jax.lax.stop_gradient(item.gate(features, target))
-                metrics[f"{item.name}_gate"] = mean_of_valid(gate, valid)
+                metrics[f"{item.name}_gate"] = mean_of_valid(gate, distilled)
                 values = values * gate
-            total, count = metrics[f"{item.name}_loss"] = mean_of_valid(values, valid)
+            total, count = metrics[f"{item.name}_loss"] = mean_of_valid(values, distilled)
             loss = loss + item.weight(step) * total / jnp.maximum(count, 1)
-        return loss, (metrics, new_state)
+        return loss, (metrics, new_state, features)
+
+    def loss_fn(params, model_state, frozen, batch, rng, step):
+        # Once a step, however many passes an adversary makes.
+        targets = {
+            name: jax.lax.stop_gradient(teach(frozen[name], batch)) for name, teach in teachers.items()
+        }
+        if adversary is None:
+            loss, (metrics, new_state, _) = one_pass(task, params, model_state, batch, rng, step, targets)
+            return loss, (metrics, new_state)
+        return adversary(task, one_pass, params, model_state, batch, rng, step, targets)
 
     return loss_fn

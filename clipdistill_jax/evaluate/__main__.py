@@ -22,14 +22,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--step", type=int, default=None, help="a checkpoint's step; the selected one by default"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--predictions", type=Path, metavar="FILE", help="of questions: write every answer")
+    parser.add_argument(
+        "--submission", type=Path, metavar="FILE", help="write VCR's leaderboard csv or VQA's result json"
+    )
     args = parser.parse_args(argv)
+    files = {"predictions": args.predictions, "submission": args.submission}
     try:
-        metrics = evaluate_stage(args.stage, args.split, args.step)
+        metrics = evaluate_stage(args.stage, args.split, args.step, **files)
     except (ValueError, KeyError, OSError) as error:
         print(f"error: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
         return 1
     if args.json:
         print(json.dumps(metrics))
+        return 0
+    if not metrics:
+        print("no label of this split is known: there is nothing to judge")
         return 0
     table = Table(title=f"{args.stage}, {args.split} split")
     table.add_column("metric")
@@ -40,20 +48,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def evaluate_stage(folder: Path, split: str, step: int | None = None) -> dict[str, float]:
+def evaluate_stage(
+    folder: Path,
+    split: str,
+    step: int | None = None,
+    predictions: Path | None = None,
+    submission: Path | None = None,
+) -> dict[str, float]:
     """Metrics of a stage's checkpoint on a split.
 
     Args:
       folder: of the stage; its parent is the run's workdir.
       split: of the prepared data.
       step: None takes the one that the stage selected.
+      predictions, submission: files of answers to write, see `evaluate.predictions.write_files`.
 
     Raises:
       FileNotFoundError: no such stage, or no whole checkpoint in it.
+      ValueError: it answers no questions, and files of answers are asked for.
       KeyError: no such split.
     """
     from clipdistill_jax.dataset import open_dataset
-    from clipdistill_jax.evaluate.evaluator import RetrievalEvaluator
+    from clipdistill_jax.evaluate.predictions import write_files
     from clipdistill_jax.experiment import build_stage
     from clipdistill_jax.run import run_folders
     from clipdistill_jax.train import sharding
@@ -69,7 +85,23 @@ def evaluate_stage(folder: Path, split: str, step: int | None = None) -> dict[st
         raise KeyError(f"the data has the splits {', '.join(dataset.splits)}, not {split!r}")
     mesh = sharding.make_mesh(**config["mesh"])
     stage = build_stage(config, folder.name, mesh, dataset.vocab)
-    return RetrievalEvaluator(stage.module, mesh)(variables, dataset.split(split, stage, mesh))[0]
+    evaluator = stage.system.evaluator(stage.module, stage.config, mesh)
+    if evaluator is None:
+        raise ValueError(f"{folder} is a stage of pretraining: it has no answers to judge")
+    metrics, arrays = evaluator(variables, dataset.split(split, stage, mesh))
+    if predictions or submission:
+        if not isinstance(arrays, dict):
+            raise ValueError(f"{folder} ranks clips: predictions and submissions are of questions")
+        lines = write_files(
+            arrays,
+            dataset.describe(split),
+            names=dataset.answer_names(),
+            about={"stage": str(folder), "split": split, "step": step},
+            predictions_file=predictions,
+            submission_file=submission,
+        )
+        print("\n".join(lines), file=sys.stderr)
+    return metrics
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """From a model's description in a config to its module."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -12,8 +12,13 @@ from clipdistill_jax.models.bert import BertConfig
 from clipdistill_jax.models.bert_text import BertText
 from clipdistill_jax.models.clip import PRESETS, ClipText, ClipTextConfig, ClipVision, ClipVisionConfig
 from clipdistill_jax.models.dual_encoder import DualEncoder
+from clipdistill_jax.models.joint import JointModel
 from clipdistill_jax.models.mobilevit import MobileViTv2
 from clipdistill_jax.models.temporal import MeanPool, SeqLSTM, SeqTransf, TightTransf
+from clipdistill_jax.models.uniter import PRESETS as UNITER_PRESETS
+from clipdistill_jax.models.uniter import Uniter
+from clipdistill_jax.models.vl_bert import PRESETS as VL_BERT_PRESETS
+from clipdistill_jax.models.vl_bert import VlBert
 
 Spec = Mapping[str, Any]
 
@@ -56,6 +61,12 @@ TEMPORAL: dict[str, Callable[..., nn.Module]] = {
     "tightTransf": TightTransf,
 }
 
+# Models with one sequence of text and regions, and the presets of their sizes.
+JOINT: dict[str, tuple[type[JointModel], Mapping[str, Any]]] = {
+    "uniter": (Uniter, UNITER_PRESETS),
+    "vl_bert": (VlBert, VL_BERT_PRESETS),
+}
+
 
 def build_model(spec: Spec, *, vocab_size: int | None = None, temporal: str | None = None) -> DualEncoder:
     """The dual encoder that a config describes.
@@ -83,9 +94,33 @@ def build_model(spec: Spec, *, vocab_size: int | None = None, temporal: str | No
     )
 
 
-def _make(
-    what: str, table: Mapping[str, Any], spec: dict[str, Any], call: Callable[..., nn.Module]
-) -> nn.Module:
+def build_joint(
+    spec: Spec, *, heads: Sequence[str] = (), sizes: Mapping[str, int] | None = None
+) -> JointModel:
+    """The student of questions that a config describes.
+
+    Args:
+      spec: `kind`, a key of `JOINT`; `preset`, "base" or "large", and fields of its config beside it; `dtype`
+        and `remat`.
+      heads: that the model has.
+      sizes: fields of its config that the data decides, over those of `spec`.
+
+    Raises:
+      ValueError: an unknown kind, preset or field, with what there is.
+    """
+
+    def make(kind: tuple[type[JointModel], Mapping[str, Any]], rest: dict[str, Any]) -> JointModel:
+        module, presets = kind
+        common = {"dtype": jnp.dtype(rest.pop("dtype", "float32")), "remat": rest.pop("remat", False)}
+        fields = {**rest, **(sizes or {})}
+        return module(
+            dataclasses.replace(presets[fields.pop("preset", "base")], **fields), tuple(heads), **common
+        )
+
+    return _make("student", JOINT, dict(spec), make)
+
+
+def _make(what: str, table: Mapping[str, Any], spec: dict[str, Any], call: Callable[..., Any]) -> Any:
     spec = {name: tuple(value) if isinstance(value, list) else value for name, value in spec.items()}
     kind = spec.pop("kind", None)
     if kind not in table:

@@ -200,6 +200,11 @@ class JointModel(nn.Module):
         outputs = {name: self.say(name, features, pooled, batch, train) for name in names}
         return dataclasses.replace(features, outputs=outputs, logits=answer(outputs))
 
+    def head(self, name: str, features: JointFeatures, batch: Batch, train: bool = False) -> Array:
+        """What one head says of a record that was made without it; `batch` may have `masked_tokens`."""
+        pooled = self.pooler(fold(features.text)[:, None]).reshape(features.text.shape)
+        return self.say(name, features, pooled, batch, train)
+
     def complete(self, batch: Batch) -> JointFeatures:
         """All heads: touches every parameter, so it is what `init` runs."""
         return self(batch)

@@ -32,6 +32,7 @@ class LoopConfig:
       eval_every: steps between evaluations; None evaluates at the end only.
       save_every: steps between checkpoints; None does not count steps.
       save_minutes: the same by the first host's clock, looked at when metrics are logged.
+      shapes: most shapes that batches may have; the step compiles once for each.
       unit: what a batch is made of: names `speed/<unit>_per_sec`.
       prefetch: batches that wait on the devices.
       hang_minutes: when a step takes longer, the stacks of all threads go to stderr; None does not watch.
@@ -43,6 +44,7 @@ class LoopConfig:
     eval_every: int | None = None
     save_every: int | None = None
     save_minutes: float | None = None
+    shapes: int = 1
     unit: str = "clips"
     prefetch: int = 2
     hang_minutes: float | None = None
@@ -117,7 +119,7 @@ def train(
         at_exit.callback(faulthandler.cancel_dump_traceback_later)
         at_exit.enter_context(jax.set_mesh(mesh))
         preemption = at_exit.enter_context(Preemption())
-        feed = Prefetcher(batches(start), mesh, config.prefetch, start + 1, config.id_key)
+        feed = Prefetcher(batches(start), mesh, config.prefetch, start + 1, config.id_key, config.shapes)
         at_exit.enter_context(feed)
 
         saved_at = time.monotonic()
@@ -129,7 +131,9 @@ def train(
                 batch = next(feed, None)
             if batch is None:
                 raise ValueError(f"the batches ended before step {step} of {config.steps}")
-            state, metrics = step_fn(state, frozen, batch.arrays)
+            compiles = batch.new and step > start + 1  # the meter leaves the first step out itself
+            with meter.pause() if compiles else contextlib.nullcontext():
+                state, metrics = step_fn(state, frozen, batch.arrays)
             meter.add(step, batch.ids, batch.size, metrics)
             writer.advance(step)
 

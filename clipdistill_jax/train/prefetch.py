@@ -12,11 +12,18 @@ from clipdistill_jax.train.sharding import place_batch
 
 
 class Placed(NamedTuple):
-    """A batch on the devices, its number of examples over all hosts, and this host's example ids."""
+    """A batch on the devices.
+
+    Attributes:
+      size: its examples over all hosts.
+      ids: of this host's.
+      new: it is the first of its shape.
+    """
 
     arrays: dict[str, Any]
     size: int
     ids: np.ndarray | None
+    new: bool = False
 
 
 class Prefetcher:
@@ -28,6 +35,7 @@ class Prefetcher:
       depth: how many wait on the devices at most.
       first_step: number of the first batch's step, for messages.
       id_key: entry that holds example ids; a batch may lack it.
+      shapes: most shapes that batches may have; a step compiles once for each.
     """
 
     def __init__(
@@ -37,10 +45,11 @@ class Prefetcher:
         depth: int = 2,
         first_step: int = 1,
         id_key: str = "example_id",
+        shapes: int = 1,
     ) -> None:
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=depth)
         self._stopped = threading.Event()
-        self._args = (batches, mesh, first_step, id_key)
+        self._args = (batches, mesh, first_step, id_key, shapes)
         self._thread = threading.Thread(target=self._fill, name="prefetch", daemon=True)
 
     def __enter__(self) -> "Prefetcher":
@@ -62,16 +71,19 @@ class Prefetcher:
         return item
 
     def _fill(self) -> None:
-        batches, mesh, step, id_key = self._args
-        first: dict[str, Any] = {}
+        batches, mesh, step, id_key, most = self._args
+        seen: list[dict[str, str]] = []
         try:
             for batch in batches:
-                first = first or _shapes(batch)
-                _check_shapes(_shapes(batch), first, step)
+                found = _shapes(batch)
+                new = found not in seen
+                if new and len(seen) == most:
+                    _refuse(found, seen[-1], step)
+                seen += [found] if new else []
                 placed = place_batch(batch, mesh)
                 size = next(iter(placed.values())).shape[0]
                 ids = np.asarray(batch[id_key]) if id_key in batch else None
-                if not self._put(Placed(placed, size, ids)):
+                if not self._put(Placed(placed, size, ids, new)):
                     return
                 step += 1
             self._put(StopIteration())
@@ -95,10 +107,9 @@ def _shapes(batch: Mapping[str, Any]) -> dict[str, str]:
     return {name: f"{np.asarray(x).dtype}{list(np.shape(x))}" for name, x in batch.items()}
 
 
-def _check_shapes(found: dict[str, str], first: dict[str, str], step: int) -> None:
-    for name in {**first, **found}:
-        if found.get(name) != first.get(name):
-            raise ValueError(
-                f"batch[{name!r}] is {found.get(name, 'missing')} at step {step}, but was "
-                f"{first.get(name, 'missing')} before: the step would compile again. Pad batches to one shape"
-            )
+def _refuse(found: dict[str, str], seen: dict[str, str], step: int) -> None:
+    name = next(name for name in {**seen, **found} if found.get(name) != seen.get(name))
+    raise ValueError(
+        f"batch[{name!r}] is {found.get(name, 'missing')} at step {step}, but was "
+        f"{seen.get(name, 'missing')} before: the step would compile again. Pad batches to fewer shapes"
+    )

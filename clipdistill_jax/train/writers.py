@@ -115,7 +115,8 @@ class TensorBoardWriter(NullWriter):
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            self._writer.add_scalar(name.replace("@", ""), value, step)  # TensorBoard knows no "@"
+            known = name.replace("@", "").replace(">", "")  # to TensorBoard
+            self._writer.add_scalar(known, value, step)
         self._writer.flush()
 
     def close(self) -> None:
