@@ -10,13 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from transformers import PreTrainedTokenizerFast
+import torch
+from transformers import CLIPModel, PreTrainedTokenizerFast
 
 from clipdistill_jax import export
 from clipdistill_jax.convert import dual_encoder
+from clipdistill_jax.data.text import Tokenizer
 from clipdistill_jax.experiment import plain
 from clipdistill_jax.export import export_stage, load_exported, random_inputs
 from clipdistill_jax.models.build import build_model
+from clipdistill_jax.weights import read_source
 from tests.fake_stage import SAID, random_variables, write_stage
 from tests.tiny import load_config, shrink
 from tests.tiny_config import get_config
@@ -135,6 +138,33 @@ def test_a_clip_teacher_is_exported_the_same_way(tmp_path, monkeypatch):
     export_stage(tmp_path / "alone", tmp_path / "clip")
     config = load_exported(tmp_path / "clip").config
     assert config["model"]["kind"] == "clip" and config["video"]["mean"][0] == pytest.approx(0.48145466)
+
+
+def test_a_clip_is_exported_as_hugging_faces(tmp_path, capsys):
+    module, variables = write_stage(tmp_path, get_config(), "alone")
+    stage, out = tmp_path / "alone", tmp_path / "clip"
+    assert export.main([f"--stage={stage}", f"--out={out}", "--format=clip"]) == 0
+    jax.tree.map(np.testing.assert_array_equal, read_source(str(out), ())["params"], variables["params"])
+    tokenizer = Tokenizer.from_dir(out)
+    tokens = tokenizer.encode(SAID, 8)
+    theirs = CLIPModel.from_pretrained(out).eval()
+    assert theirs.config.text_config.eos_token_id == tokenizer.eot_id
+    pixels = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
+    with torch.no_grad():
+        seen = theirs.get_image_features(torch.tensor(pixels.transpose(0, 3, 1, 2)))
+        said = theirs.get_text_features(torch.tensor(tokens.tokens, dtype=torch.long))
+    video = module.apply(variables, pixels[:, None], np.ones((2, 1), bool), method="encode_video").video
+    text = module.apply(variables, *tokens, method="encode_text").text
+    # float32 sums in another order; the video's vector has length 1.
+    seen = seen / seen.norm(dim=-1, keepdim=True)
+    np.testing.assert_allclose(seen.numpy(), video, atol=5e-6)
+    np.testing.assert_allclose(said.numpy(), text, rtol=2e-4, atol=2e-5)
+    config = get_config()
+    config.stages.alone.temporal = "seqLSTM"
+    write_stage(tmp_path / "other", config, "alone")
+    arguments = [f"--stage={tmp_path / 'other' / 'alone'}", f"--out={tmp_path / 'no'}", "--format=clip"]
+    assert export.main(arguments) == 1 and not (tmp_path / "no").exists()
+    assert "temporal head" in capsys.readouterr().err
 
 
 def test_other_text_towers_and_heads_are_exported_too():
