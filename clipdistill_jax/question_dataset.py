@@ -1,5 +1,6 @@
 """From a config's data section to batches of questions about images: write the world, prepare, open, feed."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -87,6 +88,8 @@ class QuestionDataset:
             self.vocab["teacher"] = clip.vocab_size
         if data.answers is not None:
             self.vocab["answers"] = len(data.answers)
+        if data.object_classes:
+            self.vocab["object_classes"] = len(data.object_classes)
         if data.region_classes:
             self.vocab["region_classes"] = data.region_classes
 
@@ -115,6 +118,9 @@ class QuestionDataset:
         """Writes the drawn records' ids to `folder`; raises ValueError if others are listed there."""
         from clipdistill_jax.data.protocol import write_selection
 
+        cut = {name: count for name, count in self._data.cut("train").items() if count}
+        if cut:
+            logging.info("training texts that lost words, by who reads them: %s", cut)
         write_selection(self.selection(stage, seed), folder / "training_examples.json")
 
     def train_batches(

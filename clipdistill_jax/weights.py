@@ -111,7 +111,7 @@ def read_clip(source: str, like: Tree, runs: Sequence[Path]) -> Tree:
 
 
 def read_initial(
-    init: Mapping[str, str], params: Tree, state: Tree, runs: Sequence[Path]
+    init: Mapping[str, Any], params: Tree, state: Tree, runs: Sequence[Path]
 ) -> tuple[Tree, Tree]:
     """A model's (params, model_state) with the parts that a config's `init` names read from elsewhere.
 

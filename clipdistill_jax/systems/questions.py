@@ -74,7 +74,7 @@ class QuestionSystem:
     """See `system.System`.
 
     `vocab` further has, where they apply: "answers" (VQA's classes), "mask" (the id of [MASK]), "random_low"
-    and "random_high" (ids of plain words) and "region_classes".
+    and "random_high" (ids of plain words), "region_classes" and "object_classes" (VCR's).
     """
 
     config: Config
@@ -93,6 +93,7 @@ class QuestionSystem:
         if stage["model"] != "student":
             raise ValueError(f"stage {name!r}: of questions only the student trains; CLIP is its `clip`")
         known = {"vocab_size": "student", "answers": "answers", "region_classes": "region_classes"}
+        known |= {"object_classes": "object_classes"} if stage["object_loss"] else {}
         sizes = {field: self.vocab[key] for field, key in known.items() if self.vocab and key in self.vocab}
         if self.kind == "vcr" and spec.get("kind") == "uniter":
             sizes = {"types": 4, **sizes}  # question, region, answer, rationale

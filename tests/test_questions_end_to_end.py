@@ -1,0 +1,139 @@
+"""CLIP-TD on the embedded world, as small as it goes: from rendered trees to metrics, files, the report."""
+
+import csv
+import json
+import shutil
+
+import jax
+import pytest
+from ml_collections import ConfigDict
+
+from clipdistill_jax import defaults
+from clipdistill_jax.convert import hf_clip
+from clipdistill_jax.data.text import train_clip_bpe
+from clipdistill_jax.evaluate.__main__ import main as evaluate_main
+from clipdistill_jax.experiment import plain, raw_clip
+from clipdistill_jax.report.page import write_report
+from clipdistill_jax.run import run_stages
+
+TOWER = dict(width=16, layers=1, heads=2, mlp_width=32, projection_dim=16)
+CLIP = dict(
+    kind="clip", image_size=16, patch_size=8, text=dict(kind="clip", context_length=40, **TOWER), **TOWER
+)
+CLIP_TD = {name: {"weight": 0.05} for name in ("vision", "language", "tokens")}
+NAIVE = {name: {"weight": 0.05} for name in ("vision", "language")}
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A Hugging Face directory of a CLIP with random weights, and its tokenizer."""
+    folder = tmp_path_factory.mktemp("clip") / "clip"
+    tokenizer = train_clip_bpe(["a cook in white lifts a red ball on the left"], 560, folder)
+    config = {"data": {"format": "karpathy"}, "teacher": CLIP}
+    module = raw_clip(config, {"teacher": tokenizer.vocab_size})
+    batch = {
+        "frames": jax.numpy.zeros((1, 1, 16, 16, 3), "uint8"),
+        "frame_mask": jax.numpy.ones((1, 1), bool),
+        "tokens": jax.numpy.zeros((1, 8), "int32"),
+        "token_mask": jax.numpy.ones((1, 8), bool),
+        "word_ids": jax.numpy.zeros((1, 8), "int32"),
+    }
+    params = jax.jit(lambda: module.init(jax.random.key(0), batch, method="complete"))()["params"]
+    weights = folder.parent / "weights"
+    hf_clip.save(weights, (module.vision.config, module.text.config), jax.device_get(params))
+    for file in weights.iterdir():
+        if not (folder / file.name).exists():
+            shutil.copy(file, folder)
+    return folder
+
+
+def run_config(kind, clip, student="uniter", **stages):
+    config = ConfigDict(sort_keys=False)
+    config.seed, config.base = 0, ""
+    config.world = dict(train=24, validation=8, test=8, size=32, questions=3, region_width=12)
+    config.data = defaults.data(
+        format=kind,
+        image_size=16,
+        max_tokens=40,
+        clip_tokens=40,
+        tokenizer=str(clip),
+        student_tokenizer="train:200",
+        region_width=12,
+        max_regions=12,
+        buckets=1,
+        workers=1,
+    )
+    config.data.questions = ("qa", "qar")
+    config.mesh = dict(data=-1, fsdp=1, tensor=1)
+    config.teacher = CLIP
+    config.student = dict(kind=student, width=16, layers=1, heads=2, mlp_width=32, context_length=48)
+    shared = dict(model="student", steps=2, batch_size=8, eval_batch_size=8, log_every=1, select="", keep=1)
+    config.stages = ConfigDict(
+        {name: defaults.stage(**{**shared, **fields}) for name, fields in stages.items()}, sort_keys=False
+    )
+    return plain(config)
+
+
+@pytest.fixture(scope="module")
+def vcr(clip, tmp_path_factory):
+    """A finished run on VCR: (config, workdir, results)."""
+    taught = dict(clip=str(clip), cache=True)
+    few = dict(protocol="low_shot", shots=2)
+    config = run_config(
+        "vcr",
+        clip,
+        pretrain=dict(**taught, terms=NAIVE, pretraining=dict(ratios=dict(mlm=1, mrckl=1))),
+        clip_td=dict(
+            **taught, **few, terms=CLIP_TD, gate=dict(temperature=1.0), init=dict(model="stage:pretrain")
+        ),
+    )
+    workdir = tmp_path_factory.mktemp("vcr")
+    return config, workdir, run_stages(config, workdir)
+
+
+def test_a_student_of_vcr_from_its_files_to_its_results(vcr):
+    _, workdir, results = vcr
+    assert results["pretrain"]["test"] == {} and results["clip_td"]["split"] == "validation"
+    metrics = results["clip_td"]["test"]
+    assert {"accuracy", "Q->A", "QA->R", "Q->AR"} <= metrics.keys()
+    assert metrics["Q->AR"] <= min(metrics["Q->A"], metrics["QA->R"])
+    drawn = json.loads((workdir / "clip_td" / "training_examples.json").read_text())
+    assert len(drawn["labelled"]) == 2 * 7 and not drawn["unlabelled"]
+    lines = (workdir / "clip_td" / "metrics.jsonl").read_text().splitlines()
+    assert {"train/tokens_loss", "train/tokens_gate", "train/task_loss"} <= json.loads(lines[0]).keys()
+    whole = json.loads((workdir / "pretrain" / "training_examples.json").read_text())
+    assert whole["protocol"] == "full" and len(whole["labelled"]) == 24 * 3
+
+
+def test_a_finished_run_is_left_alone_and_reported(vcr, monkeypatch):
+    config, workdir, results = vcr
+    monkeypatch.setattr("clipdistill_jax.run.run_stage", lambda *args: pytest.fail("ran again"))
+    assert run_stages(config, workdir) == results
+    assert "clip_td" in write_report(config, workdir, results)
+    assert "QA" in (workdir / "report.html").read_text()
+
+
+def test_the_leaderboards_file_and_predictions(vcr, tmp_path, capsys):
+    _, workdir, results = vcr
+    stage = ["--stage", str(workdir / "clip_td")]
+    predictions, submission = tmp_path / "predictions.json", tmp_path / "vcr.csv"
+    assert evaluate_main([*stage, "--split=validation", "--json", f"--predictions={predictions}"]) == 0
+    assert json.loads(capsys.readouterr().out) == pytest.approx(results["clip_td"]["test"])
+    assert len(json.loads(predictions.read_text())["predictions"]) == 8 * 3 * 2
+    assert evaluate_main([*stage, "--split=test", f"--submission={submission}"]) == 0
+    rows = list(csv.reader(submission.open()))
+    assert len(rows) == 1 + 8 * 3 and len(rows[0]) == 1 + 4 + 16
+
+
+@pytest.mark.parametrize("kind, student", [("snli_ve", "vl_bert"), ("vqa", "uniter")])
+def test_the_gate_of_labels_and_of_open_answers(kind, student, clip, tmp_path):
+    fields = dict(clip=str(clip), terms=CLIP_TD, gate=dict(temperature=1e6), cache=kind == "vqa")
+    config = run_config(kind, clip, student, clip_td=fields)
+    if kind == "vqa":
+        (tmp_path / "answers.txt").write_text("yes\nno\n1\n2\nred\nball\n")
+        config["data"]["answers"] = str(tmp_path / "answers.txt")
+    result = run_stages(config, tmp_path / "run")["clip_td"]
+    assert 0 <= result["test"]["accuracy"] <= 100
+    assert result["split"] == ("test" if kind == "snli_ve" else "validation")
+    last = json.loads((tmp_path / "run" / "clip_td" / "metrics.jsonl").read_text().splitlines()[0])
+    assert last["train/tokens_gate"] == pytest.approx(1.0)  # so hot a gate is open for all
