@@ -10,10 +10,10 @@ A batch has B questions of K choices; its keys are those of `models.joint`, and
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -30,43 +30,20 @@ from clipdistill_jax.distill.vector_cache import CacheSpec
 from clipdistill_jax.evaluate.choices import ChoiceEvaluator
 from clipdistill_jax.models.build import build_joint, build_model
 from clipdistill_jax.models.dual_encoder import DualEncoder
-from clipdistill_jax.models.features import AnyArray, Batch, Features
+from clipdistill_jax.models.features import Batch, Features
 from clipdistill_jax.models.joint import JointFeatures, JointModel, fold
 from clipdistill_jax.models.joint import example_batch as joint_example
 from clipdistill_jax.question_weights import read_question_start
+from clipdistill_jax.systems.adaptive import HEADS, INPUTS, pretraining_settings, right_choice
+from clipdistill_jax.systems.adaptive import pretrain as adapt
 from clipdistill_jax.systems.system import Config, Vocab, init_with_output, plain, stage_config, text_zeros
-from clipdistill_jax.tasks import adversarial, choices, pretraining
-from clipdistill_jax.tasks.masking import at_places
+from clipdistill_jax.tasks import adversarial, choices
 from clipdistill_jax.train.accumulate import apply_in_chunks
 
 QUESTIONS = {"vcr": "vcr", "snli_ve": "ve", "vqa": "vqa"}  # data format -> the head that answers
 CHOICES = {"vcr": 4, "snli_ve": 1, "vqa": 1}  # texts of a question
-INPUTS = (  # what a student reads of a batch
-    *("tokens", "token_mask", "types", "word_ids", "token_regions", "token_delta"),
-    *("regions", "region_boxes", "region_mask", "image_size", "masked_regions", "region_delta"),
-)
-OF_A_CHOICE = (  # what has an axis of choices
-    *("tokens", "token_mask", "types", "word_ids", "token_regions"),
-    *("clip_tokens", "clip_token_mask", "clip_word_ids", "importance"),
-    *("clip/text", "clip/words", "clip/word_mask"),
-)
-OF_AN_IMAGE = ("regions", "region_boxes", "region_mask", "image_size")
-HEADS = {"mlm": "mlm", "mrfr": "mrfr", "mrc": "mrc", "mrckl": "mrc", "itm": "itm"}  # of pretraining's tasks
 LOSSES = {"uniter": "pairs", "vl_bert": "sigmoid"}  # of VCR, as published
 Forward = Callable[[Any, Any, Batch, Any], tuple[Features, Any]]
-
-
-@flax.struct.dataclass
-class Pretrained(JointFeatures):
-    """A student's record of a corrupted batch, and what pretraining makes of it.
-
-    Attributes:
-      outcome: see `tasks.pretraining.pretraining_loss`.
-      distil: [B] bool, examples that see their own image.
-    """
-
-    outcome: AnyArray = None
-    distil: AnyArray = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,8 +100,9 @@ class QuestionSystem:
         if stage["object_loss"]:
             batch["region_classes"] = jnp.zeros((size, regions), jnp.int32)
         if {"mrc", "mrckl"} & (stage["pretraining"] or {}).get("ratios", {}).keys():
-            classes = self.vocab["region_classes"] if self.vocab else 1601
-            batch["class_probs"] = jnp.zeros((size, regions, classes))
+            # Data without distributions over classes leave them out, and the loss says so.
+            classes = self.vocab.get("region_classes", 0) if self.vocab else 1601
+            batch |= {"class_probs": jnp.zeros((size, regions, classes))} if classes else {}
         if stage["clip"]:
             batch["importance"] = jnp.zeros((size, choices, data["clip_tokens"]))
             inputs = self._clip_inputs(size)
@@ -175,7 +153,9 @@ class QuestionSystem:
             return self._encode(module, stage, params, self.own(batch, stage), rng), model_state
 
         def pretrain(params: Any, model_state: Any, batch: Batch, rng: Any) -> tuple[Features, Any]:
-            return self._pretrain(module, stage, params, batch, rng), model_state
+            settings = pretraining_settings(stage, self.vocab)
+            encode = partial(self._encode, module, stage, heads=())
+            return adapt(module, encode, settings, params, batch, rng), model_state
 
         return pretrain if stage["pretraining"] else forward
 
@@ -194,73 +174,6 @@ class QuestionSystem:
             return features, None
 
         return apply_in_chunks(run, batch, stage["chunks"], None, rng)[0]
-
-    def _pretrain(self, module: JointModel, stage: Config, params: Any, batch: Batch, rng: Any) -> Pretrained:
-        settings = self._pretraining(stage)
-        batch = right_choice(batch)
-        counts = batch["mask"] & (batch["known"] if self.kind == "vcr" else True)
-        hide, encode, say = jax.random.split(rng, 3)
-        first = {name: batch[name][:, 0] for name in ("tokens", "word_ids", "types")}
-        corrupted = pretraining.corrupt(
-            settings,
-            hide,
-            tokens=first["tokens"],
-            word_ids=first["word_ids"],
-            segments=first["types"],
-            maskable_regions=batch["region_mask"].at[:, 0].set(False),  # region 0 is the whole image
-            image_ids=batch["image_id"],
-            mask=counts,
-        )
-        shown = {name: batch[name][corrupted.source] for name in OF_AN_IMAGE}
-        read = {name: batch[name] for name in INPUTS if name in batch}
-        read = {**read, **shown, "tokens": corrupted.tokens[:, None], "masked_regions": corrupted.regions}
-        if "masked_regions" in read and "mrfr" not in module.heads and "mrc" not in module.heads:
-            del read["masked_regions"]  # nothing is hidden, and the student may have no vector to hide with
-        features = self._encode(module, stage, params, read, encode, heads=())
-
-        def head(name: str, features: JointFeatures = features, **given: Any) -> jax.Array:
-            variables, rngs = {"params": params}, {"dropout": say}
-            found: Any = module.apply(variables, name, features, given, True, method="head", rngs=rngs)
-            return found[:, 0]
-
-        def of_regions(name: str) -> Callable[[Any], jax.Array]:
-            def run(places: Any) -> jax.Array:
-                chosen = at_places(features.regions[:, 0], places)[:, None]
-                return head(name, dataclasses.replace(features, regions=chosen))
-
-            return run
-
-        heads: dict[str, Callable[..., Any]] = {
-            "mlm": lambda places: head("mlm", masked_tokens=places[:, None]),
-            "itm": lambda: (
-                head("itm"),
-                *(features.tokens[:, 0], features.regions[:, 0]),
-                *(features.token_mask[:, 0], features.region_mask),
-            ),
-            **{task: of_regions(HEADS[task]) for task in ("mrfr", "mrc", "mrckl")},
-        }
-        outcome = pretraining.pretraining_loss(
-            settings,
-            corrupted,
-            {task: run for task, run in heads.items() if HEADS[task] in module.heads},
-            tokens=first["tokens"],
-            features=batch["regions"],
-            class_probs=batch.get("class_probs"),
-            mask=counts,
-        )
-        fields = {field.name: getattr(features, field.name) for field in dataclasses.fields(features)}
-        return Pretrained(**fields, outcome=outcome, distil=counts & corrupted.matched)
-
-    def _pretraining(self, stage: Config) -> pretraining.Pretraining:
-        vocab = self.vocab or {"mask": 0, "random_low": 1, "random_high": 2}
-        try:
-            return pretraining.Pretraining(
-                **stage["pretraining"],
-                mask_id=vocab["mask"],
-                random_ids=(vocab["random_low"], vocab["random_high"]),
-            )
-        except TypeError as error:
-            raise ValueError(f"pretraining: {error}") from error
 
     def teach(
         self, module: DualEncoder, stage: Config, of: str, layers: bool
@@ -394,15 +307,3 @@ class QuestionSystem:
             return variables
         made = {"choices": variables["choices"]} if "choices" in variables else {}
         return {**similarity_variables(module, variables), **made}
-
-
-def right_choice(batch: Batch) -> Batch:
-    """The batch with the right choice of each question alone, and `known`, where there is one."""
-    label = batch["label"] if batch["tokens"].shape[1] > 1 else jnp.zeros_like(batch["label"])
-    place = jnp.maximum(label, 0)
-
-    def pick(x: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(x, place.reshape(-1, *[1] * (x.ndim - 1)), axis=1)
-
-    picked = {name: pick(batch[name]) for name in OF_A_CHOICE if name in batch}
-    return {**batch, **picked, "label": jnp.where(label >= 0, 0, -1), "known": label >= 0}

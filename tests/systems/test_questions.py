@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from clipdistill_jax import defaults
 from clipdistill_jax.experiment import build_stage, plain
-from clipdistill_jax.systems.questions import right_choice
+from clipdistill_jax.systems.adaptive import right_choice
 from clipdistill_jax.train import sharding
 from clipdistill_jax.train import state as states
 
