@@ -23,6 +23,7 @@ from clipdistill_jax.dataset import Dataset, open_dataset
 from clipdistill_jax.devices import peak_flops
 from clipdistill_jax.evaluate.evaluator import RetrievalEvaluator, Split
 from clipdistill_jax.experiment import (
+    MODELS,
     Config,
     Frozen,
     Stage,
@@ -90,6 +91,7 @@ def random_batch(
 ) -> dict[str, np.ndarray]:
     """A batch of noise in the shapes of a stage, without padding; rows of one process."""
     rng = np.random.default_rng(seed)
+    entries = min(vocab[model] for model in MODELS if model in vocab)  # what every tokenizer has
     batch = {key: np.array(value) for key, value in example_batch(config, stage.name, size).items()}
     for name, value in batch.items():
         if value.dtype == np.uint8:
@@ -99,7 +101,7 @@ def random_batch(
         elif name.endswith("_id"):
             batch[name] = np.arange(size, dtype=np.int32)
         elif name.endswith("tokens"):
-            value[:] = rng.integers(0, min(vocab.values()), value.shape, np.int32)
+            value[:] = rng.integers(0, entries, value.shape, np.int32)
         elif name.endswith("word_ids"):
             value[:] = np.arange(value.shape[-1]) - 1
             value[..., -1] = -1  # BOS has -1 by the line above

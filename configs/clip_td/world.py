@@ -86,7 +86,7 @@ def with_clip(config: ConfigDict) -> ConfigDict:
         num_frames=1,
         max_frames=1,
         max_tokens=40,
-        tokenizer="train:500",
+        tokenizer="train:600",
     )
     clip = defaults.stage(
         title="CLIP",
