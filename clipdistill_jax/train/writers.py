@@ -116,7 +116,8 @@ class TensorBoardWriter(NullWriter):
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             known = name.replace("@", "").replace(">", "")  # to TensorBoard
-            self._writer.add_scalar(known, value, step)
+            if not math.isnan(value):  # of what nothing was counted
+                self._writer.add_scalar(known, value, step)
         self._writer.flush()
 
     def close(self) -> None:
