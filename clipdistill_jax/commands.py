@@ -8,7 +8,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-ANSWERS, REGION_CLASSES = 3129, 1601  # of VQA v2's vocabulary; of the bottom-up detector
 PACKAGES = ("clipdistill_jax", "jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "flax")
 
 
@@ -81,12 +80,13 @@ def stage_name(config: Any, name: str) -> str:
 def vocab(config: Any) -> dict[str, int]:
     """What models take from the data (`systems.System`), without the data: of "train:N" the N asked for.
 
-    Of questions, the classes of VQA's answers and of regions are those that published models have.
+    Of questions, the classes of VQA's answers and of regions are those of the student's config.
 
     Raises:
       FileNotFoundError: there is no such tokenizer.
     """
     from clipdistill_jax.data.formats.vcr import UNITER_PERSONS
+    from clipdistill_jax.models.build import build_joint
     from clipdistill_jax.systems.questions import QUESTIONS
 
     def size(name: str) -> int:
@@ -100,12 +100,12 @@ def vocab(config: Any) -> dict[str, int]:
     if data["format"] not in QUESTIONS:
         teacher, own = size(data["tokenizer"]), data["student_tokenizer"]
         return {"teacher": teacher, "student": size(own) if own else teacher}
-    words = size(data["student_tokenizer"])
+    words, sizes = size(data["student_tokenizer"]), build_joint(config["student"]).config
     persons = UNITER_PERSONS if (data["format"], config["student"]["kind"]) == ("vcr", "uniter") else 0
     return {
         **({"teacher": size(data["tokenizer"])} if data["tokenizer"] else {}),
         **{"student": words + persons, "mask": 0, "random_low": 1, "random_high": words},
-        **{"answers": ANSWERS, "region_classes": REGION_CLASSES},
+        **{name: getattr(sizes, name) for name in ("answers", "region_classes")},
     }
 
 

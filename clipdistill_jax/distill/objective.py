@@ -14,7 +14,7 @@ from clipdistill_jax.models.features import Batch, Features
 Metrics = dict[str, tuple[Array, Array]]
 Student = Callable[[Any, Any, Batch, Any], tuple[Features, Any]]
 Teach = Callable[[Any, Batch], Features]
-# (task, one_pass, params, model_state, batch, rng, step, targets) -> what the loss function returns, with
+# (one_pass, params, model_state, batch, rng, step, targets) -> what the loss function returns, with
 # one_pass(task, params, model_state, batch, rng, step, targets) -> (loss, (metrics, model_state, Features))
 Adversary = Callable[..., tuple[Any, Any]]
 _MASK = 1 << 16  # where the terms' random numbers start; the student's chunks count from 0
@@ -131,6 +131,6 @@ def distillation_loss(
         if adversary is None:
             loss, (metrics, new_state, _) = one_pass(task, params, model_state, batch, rng, step, targets)
             return loss, (metrics, new_state)
-        return adversary(task, one_pass, params, model_state, batch, rng, step, targets)
+        return adversary(one_pass, params, model_state, batch, rng, step, targets)
 
     return loss_fn

@@ -101,7 +101,7 @@ class QuestionSystem:
             batch["region_classes"] = jnp.zeros((size, regions), jnp.int32)
         if {"mrc", "mrckl"} & (stage["pretraining"] or {}).get("ratios", {}).keys():
             # Data without distributions over classes leave them out, and the loss says so.
-            classes = self.vocab.get("region_classes", 0) if self.vocab else 1601
+            classes = self.vocab.get("region_classes", 0) if self.vocab else self._sizes.region_classes
             batch |= {"class_probs": jnp.zeros((size, regions, classes))} if classes else {}
         if stage["clip"]:
             batch["importance"] = jnp.zeros((size, choices, data["clip_tokens"]))
@@ -109,9 +109,13 @@ class QuestionSystem:
             batch |= {name: x for name, x in inputs.items() if name != "image" or not stage["cache"]}
         return batch
 
+    @property
+    def _sizes(self) -> Any:
+        """The student's config, before the data has its say."""
+        return build_joint(plain(self.config["student"])).config
+
     def _answers(self) -> int:
-        given = plain(self.config["student"]).get("answers", 3129)
-        return self.vocab["answers"] if self.vocab else given
+        return self.vocab["answers"] if self.vocab else self._sizes.answers
 
     def _clip_inputs(self, size: int) -> Batch:
         data = self.config["data"]
@@ -252,9 +256,9 @@ class QuestionSystem:
             settings = dataclasses.replace(base, **given)
         except TypeError as error:
             raise ValueError(f"adversarial: {error}") from error
-        width = self.module_width()
+        width = self._sizes.width
 
-        def run(_task, one_pass, params, model_state, batch, rng, step, targets):  # see objective.Adversary
+        def run(one_pass, params, model_state, batch, rng, step, targets):  # see objective.Adversary
             def loss(params, noise, clean, key, batch, targets, step):
                 noisy = {**batch, "token_delta": noise["words"], "region_delta": noise["regions"]}
                 disturbed = adversarial.with_divergence(task, settings, clean)
@@ -274,10 +278,6 @@ class QuestionSystem:
             return value, (jax.tree.map(jnp.sum, metrics), model_state)
 
         return run
-
-    def module_width(self) -> int:
-        """Channels of the student's states."""
-        return build_joint(plain(self.config["student"])).config.width
 
     def cache_spec(
         self, module: DualEncoder, stage: Config, of: str, features: Features, **about: Any
