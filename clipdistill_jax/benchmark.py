@@ -4,8 +4,9 @@
     python -m clipdistill_jax.benchmark input --config=configs/quickstart.py --workdir=runs/quickstart
     python -m clipdistill_jax.benchmark eval --config=configs/quickstart.py
 
-step   ms a step, clips/s, FLOP utilisation and peak memory, on random clips and weights; with a teacher
-       also the same stage without it, in turn, so that a change of the machine's speed hits both
+step   ms a step, clips/s (or questions/s), FLOP utilisation and peak memory, on random clips and weights;
+       with a teacher also the same stage without it, in turn, so that a change of the machine's speed hits
+       both
 input  clips/s of the pipeline alone, and the share of a training run spent waiting for it
 eval   clips/s and captions/s embedded, and ms for the matrix of their scores
 
@@ -64,12 +65,12 @@ def say(report: Mapping[str, Any]) -> str:
 
 def step_rows(report: Mapping[str, Any]) -> list[Row]:
     """The rows of `step`."""
-    work, memory = report["model_flops_per_step"], report["peak_memory"]
+    work, memory, unit = report["model_flops_per_step"], report["peak_memory"], report["unit"]
     parts = "3 x student forward" + (" + 1 x teacher forward" if work["teacher"] else "")
     rows = [
-        ("batch", f"{report['batch_size']} clips, compute in {report['dtype']}"),
+        ("batch", f"{report['batch_size']} {unit}, compute in {report['dtype']}"),
         ("step", told(report["ms_per_step"], "ms")),
-        ("speed", told(report["clips_per_sec"], "clips/s")),
+        ("speed", told(report[f"{unit}_per_sec"], f"{unit}/s")),
         ("model FLOPs a step", f"{commands.amount(sum(work.values()), 'FLOP')} ({parts})"),
         ("achieved", told(report["flops_per_sec"], "TFLOP/s", 1e-12)),
     ]
@@ -88,13 +89,14 @@ def step_rows(report: Mapping[str, Any]) -> list[Row]:
 
 def input_rows(report: Mapping[str, Any]) -> list[Row]:
     """The rows of `input`."""
-    size = report["image_size"]
+    size, unit = report["image_size"], report["unit"]
+    shown = f"{report['num_frames']} frames" if unit == "clips" else "an image"
     rows = [
-        ("clips", f"{report['num_frames']} frames of {size} x {size}, batches of {report['batch_size']}"),
-        ("pipeline alone", told(report["clips_per_sec"], "clips/s")),
+        (unit, f"{shown} of {size} x {size}, batches of {report['batch_size']}"),
+        ("pipeline alone", told(report[f"{unit}_per_sec"], f"{unit}/s")),
     ]
     if "data_wait" in report:
-        rows.append(("training", told(report["training_clips_per_sec"], "clips/s")))
+        rows.append(("training", told(report[f"training_{unit}_per_sec"], f"{unit}/s")))
         rows.append(("of it waiting for data", told(report["data_wait"], "%", 100.0)))
     return rows
 

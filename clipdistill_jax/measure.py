@@ -76,7 +76,7 @@ class Training:
 
     def run(self, feed: Iterator[Placed], steps: int) -> dict[str, float]:
         """Trains one step untimed and `steps` timed; the meter's report of the latter."""
-        meter = Meter("clips")
+        meter = Meter(self.stage.system.unit)
         with jax.set_mesh(self._mesh):
             for step in range(1 + steps):
                 with meter.waiting():
@@ -177,7 +177,8 @@ def measure_step(config: Config, name: str, mesh: Mesh, repeats: int, steps: int
         "batch_size": size,
         "dtype": config[stage.config["model"]]["dtype"],
         "ms_per_step": times,
-        "clips_per_sec": spread(1000 * size / t for t in ms[0]),
+        "unit": stage.system.unit,
+        f"{stage.system.unit}_per_sec": spread(1000 * size / t for t in ms[0]),
         "model_flops_per_step": work,
         "flops_per_sec": spread(1000 * needed / t for t in ms[0]),
         "peak_flops_per_device": peak,
@@ -208,8 +209,11 @@ def measure_input(config: Config, name: str, mesh: Mesh, workdir: Path, repeats:
         "batch_size": stage.config["batch_size"],
         "num_frames": stage.config["num_frames"],
         "image_size": config["data"]["image_size"],
-        "clips_per_sec": alone,
-        "training_clips_per_sec": spread(report["speed/clips_per_sec"] for report in reports),
+        "unit": stage.system.unit,
+        f"{stage.system.unit}_per_sec": alone,
+        f"training_{stage.system.unit}_per_sec": spread(
+            report[f"speed/{stage.system.unit}_per_sec"] for report in reports
+        ),
         "data_wait": spread(report["speed/data_wait"] for report in reports),
     }
 
@@ -236,6 +240,7 @@ def measure_standard_input(
         "batch_size": stage.config["batch_size"],
         "num_frames": frames,
         "image_size": side,
+        "unit": stage.system.unit,
         "clips_per_sec": _pipeline_rate(dataset, stage, config["seed"], mesh, repeats, steps),
     }
 
@@ -254,9 +259,15 @@ def _pipeline_rate(dataset: Dataset, stage: Stage, seed: int, mesh: Mesh, repeat
 
 
 def measure_eval(config: Config, name: str, mesh: Mesh, repeats: int, steps: int) -> Report:
-    """Times the evaluation of a stage's model on `steps` batches of random clips and as many of captions."""
+    """Times the evaluation of a stage's model on `steps` batches of random clips and as many of captions.
+
+    Raises:
+      ValueError: the stage does not retrieve.
+    """
     vocab = commands.vocab(config)
     stage = build_stage(config, name, mesh, vocab)
+    if stage.system.unit != "clips":
+        raise ValueError(f"eval times retrieval, and stage {name!r} learns {stage.system.unit}: use `step`")
     state = Training(config, stage, mesh).state
     variables = student_variables(state)
     size = stage.config["eval_batch_size"]
