@@ -6,7 +6,7 @@ on the kind of data is its `systems.System`'s.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -34,7 +34,20 @@ from clipdistill_jax.train.optimizers import Optimizer, make_optimizer
 from clipdistill_jax.train.schedules import make_schedule
 from clipdistill_jax.train.step import make_train_step
 
-__all__ = ["MODELS", "Config", "Frozen", "Stage", "build_stage", "plain", "stage_config"]
+__all__ = [
+    "MODELS",
+    "Config",
+    "Frozen",
+    "Stage",
+    "build_stage",
+    "cached_example",
+    "example_batch",
+    "plain",
+    "raw_clip",
+    "stage_config",
+    "stage_module",
+    "student_variables",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +82,7 @@ class Stage:
       config: its part of the config.
       system: of its kind of data.
       module: the model that trains.
+      terms: what it distils.
       teachers: the frozen models that its terms compare with: "teacher", "clip", both or none.
       init: key -> (params, model_state), of {"student": ..., "terms": ...}.
       optimizer: as built.
@@ -80,6 +94,7 @@ class Stage:
     config: Config
     system: System
     module: Any
+    terms: Sequence[WeightedTerm]
     teachers: Mapping[str, Frozen]
     init: Callable[[Any], tuple[Any, Any]]
     optimizer: Optimizer
@@ -145,7 +160,7 @@ def build_stage(config: Config, name: str, mesh: Mesh, vocab: Vocab | None = Non
         ema_decay=stage["ema_decay"] or None,
         nan_policy=stage["nan_policy"],
     )
-    return Stage(name, stage, system, module, teachers, init, optimizer, template, step)
+    return Stage(name, stage, system, module, terms, teachers, init, optimizer, template, step)
 
 
 def _teachers(

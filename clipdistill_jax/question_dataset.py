@@ -1,7 +1,7 @@
 """From a config's data section to batches of questions about images: write the world, prepare, open, feed."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,7 @@ class QuestionDataset:
     def __init__(self, data: Any, student: Any, clip: Any, settings: Mapping[str, Any]) -> None:
         self._data, self._student, self._clip, self._settings = data, student, clip, settings
         self.splits: tuple[str, ...] = data.splits
+        self._described: dict[str, dict[str, np.ndarray]] = {}
         words = student.tokenizer.plain_ids
         self.vocab = {
             "student": student.vocab_size,
@@ -186,7 +187,7 @@ class QuestionDataset:
     def split(self, name: str, stage: Stage, mesh: Mesh) -> QuestionSplit:
         """A split as the evaluator wants it."""
         index, count = process_parts(mesh)
-        about = self._data.describe(name)
+        about = self.describe(name)
         drop = {"region_classes", "labelled", "label", "image_id"}
         drop -= {"labelled"} if self._data.answers is not None else set()
 
@@ -201,5 +202,19 @@ class QuestionDataset:
 
     def describe(self, split: str) -> dict[str, np.ndarray]:
         """What a report needs, an entry an item; see `QuestionData.describe`."""
-        about = self._data.describe(split)
-        return {name: x for name, x in about.items() if isinstance(x, np.ndarray)}
+        if split not in self._described:  # it reads the whole index, and every evaluation asks
+            about = self._data.describe(split)
+            self._described[split] = {name: x for name, x in about.items() if isinstance(x, np.ndarray)}
+        return self._described[split]
+
+    def choice_words(self, ids: Collection[int]) -> dict[int, tuple[str, list[tuple[str, ...]]]]:
+        """By example_id of the training split: a name of the item, and the words of each of its choices."""
+        from clipdistill_jax.data.questions.index import read_items
+        from clipdistill_jax.data.questions.words import choice_words
+
+        kinds, joiner = self._data.kinds, self._student.joiner
+        return {
+            i: (f"{item.record_id} ({item.kind})", choice_words(item, joiner))
+            for i, item in enumerate(read_items(self._data.directory, "train", kinds))
+            if i in ids
+        }

@@ -41,7 +41,8 @@ def run_stages(config: Config, workdir: Path) -> dict[str, dict[str, Any]]:
     `config.base` is the folder of another run: its data is used, and the stages that it has finished.
 
     What a stage leaves in `workdir/STAGE`: config.json, launches.jsonl, checkpoints/, metrics.jsonl,
-    tensorboard/, scores.npz (of the test split) and, written last, result.json.
+    tensorboard/, scores.npz (of the test split), words.npz (of a stage that chooses words) and, written last,
+    result.json.
     """
     mesh = sharding.make_mesh(**plain(config["mesh"]))
     runs = run_folders(config, workdir)
@@ -227,6 +228,11 @@ def run_stage(
         arrays = scores if isinstance(scores, dict) else {"scores": scores}
         arrays = {**arrays, **dataset.describe(final)} if evaluator else {}
         np.savez_compressed(folder / "scores.npz", **arrays)
+    if "tokens" in settings["terms"]:
+        from clipdistill_jax.report.chosen_words import note_words
+
+        note_words(folder / "words.npz", stage, dataset, teachers.variables, next(batches(0)), mesh)
+    if jax.process_index() == 0:
         (folder / RESULT).write_text(json.dumps(result, indent=1))
     sharding.wait_for_all()  # the next stage may read it
     return {**result, "folder": str(folder)}

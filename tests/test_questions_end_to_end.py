@@ -14,6 +14,7 @@ from clipdistill_jax.data.text import train_clip_bpe
 from clipdistill_jax.evaluate.__main__ import main as evaluate_main
 from clipdistill_jax.experiment import plain, raw_clip
 from clipdistill_jax.report.page import write_report
+from clipdistill_jax.report.tokens import read_words
 from clipdistill_jax.run import run_stages
 
 TOWER = dict(width=16, layers=1, heads=2, mlp_width=32, projection_dim=16)
@@ -103,6 +104,12 @@ def test_a_student_of_vcr_from_its_files_to_its_results(vcr):
     assert {"train/tokens_loss", "train/tokens_gate", "train/task_loss"} <= json.loads(lines[0]).keys()
     whole = json.loads((workdir / "pretrain" / "training_examples.json").read_text())
     assert whole["protocol"] == "full" and len(whole["labelled"]) == 24 * 3
+    examples = read_words(workdir / "clip_td" / "words.npz")
+    assert examples and not (workdir / "pretrain" / "words.npz").exists()
+    for name, scores in examples.items():
+        assert name.removesuffix(" (qa)").removesuffix(" (qar)") in drawn["labelled"]
+        assert len(scores.words) > 4 and scores.chosen.sum() == 2
+        assert scores.importance.sum() == pytest.approx(1.0) and (scores.total[scores.chosen] > 0).all()
 
 
 def test_a_finished_run_is_left_alone_and_reported(vcr, monkeypatch):

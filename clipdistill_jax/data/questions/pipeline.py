@@ -100,7 +100,7 @@ class QuestionData:
         unknown = sorted(set(questions) - set(KINDS))
         if unknown or not questions:
             raise ValueError(f"questions={tuple(questions)!r} must be some of {', '.join(KINDS)}")
-        self._kinds = tuple(questions)
+        self.kinds = tuple(questions)
         self._reading = Reading(student, max_tokens, clip, clip_tokens, clip_text)
         check_clip_text(clip_text)
         self._image_size, self._buckets = image_size, buckets
@@ -134,7 +134,7 @@ class QuestionData:
           KeyError: there is no such split.
         """
         if name not in self._loaded:
-            self._loaded[name] = QuestionSplit(self.directory, name, self._kinds, self._reading)
+            self._loaded[name] = QuestionSplit(self.directory, name, self.kinds, self._reading)
         return self._loaded[name]
 
     def num_items(self, split: str = "train") -> int:
@@ -174,7 +174,7 @@ class QuestionData:
         in the context, -1), categories, labels, contexts and choices (texts, objects by their class), images
         (names)."""
         loaded = self.split(split)
-        contexts, choices = index.read_texts(self.directory, split, self._kinds)
+        contexts, choices = index.read_texts(self.directory, split, self.kinds)
         return {
             "example_ids": np.array(loaded.example_ids),
             "record_ids": np.array(loaded.record_ids),

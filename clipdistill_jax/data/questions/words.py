@@ -110,6 +110,20 @@ def text_words(
             yield lexicon.name(objects[index]), lexicon.name(names[index]), index
 
 
+def choice_words(question: Question, joiner: str) -> list[tuple[str, ...]]:
+    """The words of each choice as a model's word ids count them: those of the context, then its own."""
+    lexicon = Lexicon()
+    texts = [
+        tuple(
+            lexicon.words[word]
+            for word, _, _ in text_words(text, question.objects, question.objects, joiner, lexicon)
+        )
+        for text in (*question.context, *question.choices)
+    ]
+    asked = tuple(word for words in texts[: len(question.context)] for word in words)
+    return [(*asked, *words) for words in texts[len(question.context) :]]
+
+
 class TextBuilder:
     """Collects the texts of a split.
 
