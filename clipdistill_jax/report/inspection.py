@@ -62,7 +62,8 @@ def figures(args: argparse.Namespace) -> str:
     if clip:
         made["alignment"] = alignment_section(run.clip(clip), students, run.test, args.pairs)
     else:
-        said.append("No frame-word maps: name the raw CLIP by --clip=stage:NAME, or its weights.")
+        where = f"--clip=stage:NAME (in a sweep stage:{SHARED}/NAME)"
+        said.append(f"No frame-word maps: name the raw CLIP by {where}, or its weights.")
     if teacher:
         fit = reconstruction.halves(min(len(run.test["video_ids"]), args.clips), run.test["pairs"])
         made["reconstruction"] = reconstruction_section(run.stage(teacher), students, fit)

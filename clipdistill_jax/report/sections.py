@@ -47,6 +47,8 @@ def write_sections(workdir: Path, sections: Sequence[Section], fingerprints: Map
     folder = workdir / FOLDER
     folder.mkdir(exist_ok=True)
     (folder / _LIST).unlink(missing_ok=True)  # written last, so that it speaks of whole files only
+    for old in folder.glob("[0-9][0-9]-*.png"):
+        old.unlink()
     told: list[dict[str, Any]] = []
     files: list[Path] = []
     for section in sections:
