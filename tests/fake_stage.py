@@ -15,9 +15,9 @@ from clipdistill_jax.train.checkpoint import Checkpointer
 SAID = ["a red circle moves left", "a blue square grows", "a green triangle stays still"]
 
 
-def random_variables(module, frames, side, tokens):
+def random_variables(module, frames, side, tokens, seed=0):
     """{"params", "batch_stats"} of a module in which every array matters: gains near 1, variances above 0."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     shapes = {"video": {"num_frames": frames, "image_size": side}, "text": {"max_tokens": tokens}}
 
     def fill(name, x):

@@ -16,16 +16,17 @@ from clipdistill_jax.train import sharding
 
 CONFIG = Path(__file__).with_name("tiny_config.py")
 VOCAB = {"teacher": 600, "student": 600}
+SGD = [f"--config.stages.{stage}.optimizer.name=sgd" for stage in ("alone", "distilled")]  # quick to compile
 
 
 @pytest.fixture(scope="module")
 def config():
-    return commands.read_config(str(CONFIG), [])
+    return commands.read_config(str(CONFIG), SGD)
 
 
 def run(capsys, tmp_path, *arguments):
     file = tmp_path / "report.json"
-    assert benchmark.main([*arguments, f"--config={CONFIG}", f"--json={file}"]) == 0
+    assert benchmark.main([*arguments, f"--config={CONFIG}", f"--json={file}", *SGD]) == 0
     return json.loads(file.read_text()), capsys.readouterr().out
 
 

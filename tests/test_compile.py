@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -117,7 +118,8 @@ def slice_command():
 
     def run(*arguments):
         command = [sys.executable, "-m", "clipdistill_jax.compile", f"--config={CONFIG}", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, cwd=CONFIG.parents[1])
+        env = {**os.environ, "XLA_FLAGS": ""}  # libtpu refuses flags for a CPU
+        return subprocess.run(command, capture_output=True, text=True, cwd=CONFIG.parents[1], env=env)
 
     return run
 

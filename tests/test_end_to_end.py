@@ -2,13 +2,16 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from clipdistill_jax.dataset import open_dataset
 from clipdistill_jax.evaluate.__main__ import main as evaluate_main
@@ -23,11 +26,23 @@ from clipdistill_jax.weights import stage_variables
 from tests.tiny import ROOT, load_config, shrink
 
 STAGES = ["clip", "teacher", "alone", "distilled"]
+SGD = dict(name="sgd", learning_rate=0.01, clip_norm=0.0)  # a third less to compile than AdamW
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_devices():
+    """Of eight, on which each of the many steps here would take longer to compile and to run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", partial(sharding.make_mesh, devices=jax.devices()[:2]))
+        yield
 
 
 @pytest.fixture(scope="module")
 def config():
-    return shrink(load_config())
+    made = shrink(load_config())
+    for name in ("alone", "distilled"):
+        made.stages[name].optimizer = ConfigDict(SGD)
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -82,13 +97,14 @@ def test_a_second_run_does_nothing_and_says_the_same(config, run, monkeypatch):
 def test_another_teacher_is_refused(config, run, tmp_path):
     workdir, _ = run
     copy = tmp_path / "copy"
-    subprocess.run(["cp", "-r", str(workdir), str(copy)], check=True)
-    other = stage_variables(copy / "teacher", None)
-    assert "params" in other
-    changed = plain(config)
-    changed["stages"]["teacher"]["steps"] = 4  # trains on from step 3: other weights, another fingerprint
+    shutil.copytree(workdir, copy)
+    (copy / "distilled" / "result.json").unlink()
+    # As if the student had learned from a teacher that has since been trained anew.
+    manifest = next((copy / "distilled" / "checkpoints").glob("*/*anifest*.json"))
+    told = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**told, "identity": {**told["identity"], "teacher": "0123456789abcdef"}}))
     with pytest.raises(CheckpointError, match="teacher"):
-        run_stages(changed, copy)
+        run_stages(plain(config), copy)
 
 
 def row(config, base, **stage):
@@ -107,15 +123,21 @@ def curves(folder):
 @pytest.mark.slow
 def test_a_student_of_every_term_on_another_runs_teacher_cached_and_online(config, run, tmp_path):
     base, before = run
-    layers = dict(weight=1.0, student_layers=(2, 3, 4))
+    layers = dict(weight=1.0, student_layers=(0, 1))
     terms = {name: layers for name in ("sab", "tab", "ol2ol")} | {
         name: dict(weight=1.0) for name in ("temporal", "spatial", "global", "local")
     }
     terms["sab"] = {**layers, "mask": "random_spatial"}
     found = {}
     for cache in (False, True):
-        changed = row(config, base, terms=terms, cache=cache)
+        changed = row(config, base, terms=terms, cache=cache, init={}, optimizer=SGD)
         changed["seed"] = 1  # the base's stages are used all the same
+        changed["data"]["student_tokenizer"] = "train:300"  # words have other pieces than CLIP's
+        text = dict(kind="bert", width=16, layers=1, heads=2, mlp_width=32, projection_dim=16)
+        changed["student"] = {
+            **changed["teacher"],
+            "text": {**text, "context_length": 32},
+        }  # quick to compile
         results = run_stages(changed, tmp_path / str(cache))
         assert list(results) == ["clip", "teacher", "student"]
         assert results["teacher"] == before["teacher"]
@@ -123,30 +145,17 @@ def test_a_student_of_every_term_on_another_runs_teacher_cached_and_online(confi
         found[cache] = curves(tmp_path / str(cache) / "student")
     write_report(changed, tmp_path / "True", results)
     assert {f"train/{name}_loss" for name in terms} <= set(found[True][0])
-    # The models are of float32, so their vectors are; Adam's first steps magnify what rounding is left.
-    for online, cached, tolerance in zip(found[False], found[True], (1e-5, 1e-2, 1e-2), strict=True):
-        assert cached == pytest.approx(online, rel=tolerance)
+    # The models are of float32, and so are the vectors.
+    for online, cached in zip(found[False], found[True], strict=True):
+        assert cached == pytest.approx(online, rel=1e-4)
     assert len(list((base / "teacher_cache").iterdir())) == 2  # the teacher's and raw CLIP's
-    changed["world"]["noise"] = 9.0
-    with pytest.raises(ValueError, match="other settings|another recipe"):
-        run_stages(changed, tmp_path / "other")
-
-
-@pytest.mark.slow
-def test_a_student_with_a_tokenizer_of_its_own(config, run, tmp_path):
-    base, _ = run
-    terms = {"global": dict(weight=1.0), "local": dict(weight=1.0)}
-    changed = row(config, base, terms=terms, init={})
-    changed["data"]["student_tokenizer"] = "train:300"
-    text = dict(kind="bert", width=16, layers=1, heads=2, mlp_width=32, projection_dim=16, context_length=32)
-    changed["student"] = {**changed["teacher"], "layers": 1, "text": text}  # quick to compile
-    results = run_stages(changed, tmp_path)
-    assert results["student"]["test"]["t2v_MdR"] >= 1
-    variables = stage_variables(tmp_path / "student")
+    variables = stage_variables(tmp_path / "True" / "student")
     vocab = variables["params"]["text"]["embeddings"]["token_embedding"]["embedding"].shape[0]
     files = json.loads((base / "student_tokenizer" / "tokenizer.json").read_text())
     assert vocab == len(files["model"]["vocab"]) != 520
-    assert np.isfinite([line["train/local_loss"] for line in curves(tmp_path / "student")]).all()
+    changed["world"]["noise"] = 9.0
+    with pytest.raises(ValueError, match="other settings|another recipe"):
+        run_stages(changed, tmp_path / "other")
 
 
 @pytest.mark.slow
@@ -155,13 +164,12 @@ def test_evaluation_batch_size_does_not_change_the_numbers(config, run):
     changed = plain(config)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     dataset = open_dataset(changed, workdir)
-    for size in (5, 12):
-        changed["stages"]["alone"]["eval_batch_size"] = size
-        stage = build_stage(changed, "alone", mesh, dataset.vocab)
-        metrics, _ = RetrievalEvaluator(stage.module, mesh)(
-            stage_variables(workdir / "alone"), dataset.split("test", stage, mesh)
-        )
-        assert metrics == pytest.approx(results["alone"]["test"], abs=1e-6)
+    changed["stages"]["alone"]["eval_batch_size"] = 5  # of 12 clips
+    stage = build_stage(changed, "alone", mesh, dataset.vocab)
+    metrics, _ = RetrievalEvaluator(stage.module, mesh)(
+        stage_variables(workdir / "alone"), dataset.split("test", stage, mesh)
+    )
+    assert metrics == pytest.approx(results["alone"]["test"], abs=1e-6)
 
 
 @pytest.mark.slow

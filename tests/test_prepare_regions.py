@@ -4,7 +4,6 @@ import subprocess
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -15,8 +14,8 @@ from clipdistill_jax.convert import hf_clip, resnet
 from clipdistill_jax.data.regions import join, most_confident, prepend_image
 from clipdistill_jax.data.regions.extract import fit_square
 from clipdistill_jax.data.regions.uniter import NpzFolder, vcr_names
-from clipdistill_jax.models.clip import ClipText, ClipTextConfig, ClipVision, ClipVisionConfig
-from clipdistill_jax.models.resnet import ResNet
+from clipdistill_jax.models.clip import ClipTextConfig, ClipVision, ClipVisionConfig, param_shapes
+from clipdistill_jax.models.resnet import ResNet, variable_shapes
 from clipdistill_jax.prepare_regions import load_tower
 from tests.data.regions.test_boxes import vcr_tree, write_boxes
 
@@ -29,20 +28,23 @@ TEXT = ClipTextConfig(
 DETECTED = [[16, 12, 32, 24, 0.3], [0, 0, 64, 48, 0.9]]
 
 
+def random_params(shapes):
+    """Parameters of those shapes, made here: an initialisation compiles longer than the model."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, x):
+        deviation = np.prod(x.shape[:-1]) ** -0.5 if path[-1].key == "kernel" else 0.1
+        x = deviation * rng.normal(size=x.shape) + (path[-1].key in ("scale", "var"))
+        return np.asarray(x, np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
     """A random CLIP in a Hugging Face directory, and its vision parameters."""
     folder = tmp_path_factory.mktemp("clip")
-    tokens = jnp.zeros((1, 8), jnp.int32)
-    params = {
-        "vision": jax.jit(ClipVision(VISION).init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"],
-        "text": jax.jit(ClipText(TEXT).init)(jax.random.key(1), tokens, tokens == 0)["params"],
-        "logit_scale": jnp.float32(1),
-    }
-    leaves, tree = jax.tree.flatten(params["vision"])
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    moved = [x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    params["vision"] = jax.tree.unflatten(tree, moved)
+    params = random_params(param_shapes(VISION, TEXT))
     hf_clip.save(folder, (VISION, TEXT), params)
     return folder, params["vision"]
 
@@ -84,7 +86,7 @@ def test_clip(tree, tmp_path, clip, capsys, project):
     vision, changed = hf_clip.at_image_size(VISION, {"vision": params}, 64)
     image = tree / "vcr1images/m/a.jpg"
     pixels = fit_square(Image.open(image), 64, VISION.mean).pixels
-    states = ClipVision(vision).apply({"params": changed["vision"]}, pixels[None]).hidden[-1][0, 1:]
+    states = jax.jit(ClipVision(vision).apply)({"params": changed["vision"]}, pixels[None]).hidden[-1][0, 1:]
     states = np.asarray(states, np.float64)
     centred = states - states.mean(-1, keepdims=True)
     states = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + VISION.ln_eps)
@@ -119,7 +121,7 @@ def test_clip(tree, tmp_path, clip, capsys, project):
 
 def test_resnet(tree, tmp_path, capsys):
     model = ResNet(stages=(1, 1, 1, 1), width=4, num_classes=3)
-    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+    variables = random_params(variable_shapes(model))
     file = tmp_path / "resnet.safetensors"
     safetensors.numpy.save_file(resnet.to_state_dict(model, variables), file)
     out = tmp_path / "out"
@@ -130,7 +132,7 @@ def test_resnet(tree, tmp_path, capsys):
     assert "1 x unreadable_image" in capsys.readouterr().out
     found = NpzFolder(out, width=64)["vcr_train_a.npz"]
     pixels = fit_square(Image.open(tree / "vcr1images/m/a.jpg"), 64, model.mean).pixels
-    c4 = np.asarray(model.apply(variables, pixels[None]).c4[0])
+    c4 = np.asarray(jax.jit(lambda x: model.apply(variables, x).c4[0])(pixels[None]))
     expected = [pooled(c4, box) for box in ([0, 0, 2, 1.5], [2, 0, 4, 1.5], [0, 1.5, 2, 3], [2, 1.5, 4, 3])]
     scale = np.abs(c4).max()
     np.testing.assert_allclose(found.features, expected, rtol=2e-3, atol=1e-3 * scale)

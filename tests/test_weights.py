@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from clipdistill_jax.convert import hf_clip, mobilevit
-from clipdistill_jax.experiment import example_batch, plain
+from clipdistill_jax.experiment import plain
 from clipdistill_jax.models.build import build_model
 from clipdistill_jax.weights import read_initial
+from tests.fake_stage import random_variables
 from tests.tiny import load_config, shrink
 
 PARTS = ("vision", "text", "logit_scale")
@@ -16,8 +17,9 @@ CONFIG = plain(shrink(load_config()))
 
 def variables(kind, seed, **change):
     model = build_model({**CONFIG[kind], **change}, vocab_size=520)
-    made = model.init(jax.random.key(seed), example_batch(CONFIG, "teacher"), method="complete")
-    return model, jax.device_get(made["params"]), jax.device_get(made.get("batch_stats", {}))
+    data, side = CONFIG["data"], change.get("image_size", CONFIG["data"]["image_size"])
+    made = random_variables(model, data["num_frames"], side, data["max_tokens"], seed)
+    return model, made["params"], made.get("batch_stats", {})
 
 
 def equal(a, b):

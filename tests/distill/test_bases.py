@@ -28,18 +28,18 @@ from tests.distill.layer_cases import (
 
 
 @pytest.mark.parametrize(
-    "kind,fields,teacher_shapes",
+    "kind,fields,student_shapes,teacher_shapes",
     [
-        ("sab", dict(form="A", mask="none"), MIXED),
-        ("sab", dict(form="B", mask="depth", normalize="none"), MIXED),
-        ("sab", dict(form="A", mask="top_k", top_k=2, scores="cosine"), TEACHER),
-        ("tab", dict(form="A", mask="none"), TEACHER),
-        ("tab", dict(form="B", mask="depth"), MIXED),
-        ("tab", dict(form="A", mask="top_k", top_k=1, grid=2, normalize="none"), TEACHER),
+        ("sab", dict(form="A", mask="none"), STUDENT[:2], MIXED[1:]),
+        ("sab", dict(form="B", mask="depth", normalize="none"), STUDENT[:2], MIXED),
+        ("sab", dict(form="A", mask="top_k", top_k=2, scores="cosine"), STUDENT, TEACHER[:2]),
+        ("tab", dict(form="A", mask="none"), STUDENT[:2], TEACHER[:2]),
+        ("tab", dict(form="B", mask="depth"), STUDENT, MIXED[1:]),
+        ("tab", dict(form="A", mask="top_k", top_k=1, grid=2, normalize="none"), STUDENT[:2], TEACHER[:2]),
     ],
 )
-def test_layer_bases_are_their_equations(kind, fields, teacher_shapes):
-    student, teacher = features(0, STUDENT), features(1, teacher_shapes)
+def test_layer_bases_are_their_equations(kind, fields, student_shapes, teacher_shapes):
+    student, teacher = features(0, student_shapes), features(1, teacher_shapes)
     term = TERMS[kind](key_dim=4, **fields)
     params = start(term, student, teacher)
     values, kept = run(term, params, student, teacher)
@@ -81,10 +81,9 @@ def test_ol2ol_is_the_mean_of_its_pairs():
     np.testing.assert_allclose(run(term, params, student, teacher)[0], expected, rtol=2e-5)
 
 
-@pytest.mark.parametrize("mask", ["depth", "random_spatial"])
-def test_form_a_is_at_most_form_b(mask):
+def test_form_a_is_at_most_form_b():
     student, teacher = features(0, STUDENT[:2]), features(1, TEACHER[:2])
-    terms = [StudentAsBase(form=form, mask=mask, key_dim=4) for form in "AB"]
+    terms = [StudentAsBase(form=form, mask="random_spatial", key_dim=4) for form in "AB"]
     params = start(terms[0], student, teacher)
     a, b = (run(term, params, student, teacher)[0] for term in terms)
     assert (a < b).all() and (a > 0).all()
@@ -219,7 +218,6 @@ def test_a_planted_teacher_is_reached_with_the_student_as_base_only():
     # teacher's layers: (0.3^2 + 0.2^2) / 2 = 0.065 stays, less what chance correlations of 64 positions give.
     assert trained(StudentAsBase(**fields)) < 1e-3
     assert trained(TeacherAsBase(**fields)) > 0.04
-    assert trained(TeacherAsBase(form="B", **fields)) > 0.04
 
 
 def test_wrong_fields_are_refused():

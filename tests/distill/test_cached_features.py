@@ -78,11 +78,17 @@ def tiny(head):
     )
 
 
-def _steep(variables):
-    """The tight head starts with scores near 0; here they spread like the others'."""
-    if "similarity" in (head := variables["params"].get("temporal", {})):
-        head["similarity"] = jax.tree.map(lambda x: 500 * x, head["similarity"])
-    return variables
+def random_variables(module, batch, seed):
+    """Made here, as an initialisation compiles longer than the model; the tight head's scores spread too."""
+    rng = np.random.default_rng(seed)
+    middle = {"scale": 1.0, "logit_scale": 2.5}
+
+    def draw(path, x):
+        deviation = np.prod(x.shape[:-1]) ** -0.5 if path[-1].key == "kernel" else 0.1
+        return (deviation * rng.normal(size=x.shape) + middle.get(path[-1].key, 0.0)).astype(x.dtype)
+
+    shapes = jax.eval_shape(lambda key: module.init(key, batch, method="complete"), jax.random.key(0))
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def frame_bound(student, teacher, mask):
@@ -114,7 +120,7 @@ def scores_of(term, model):
     ("head", "fields", "dtypes"),
     [
         ("seqTransf", TEACHER, ("float32", "bfloat16")),
-        ("tightTransf", TEACHER, ("float32", "bfloat16")),
+        ("tightTransf", TEACHER, ("bfloat16",)),
         ("meanP", RAW_CLIP, ("bfloat16",)),
     ],
 )
@@ -122,8 +128,7 @@ def test_cached_and_online_teachers_agree(tmp_path, head, fields, dtypes):
     data, mesh, module = Data(), make_mesh(devices=jax.devices()[:2]), tiny(head)
     example_id = np.array([40, 3, 2, 17, 9, 30, 31, 0], np.int32)  # 3 and 2 are of one clip
     batch = data.batch(example_id)
-    init = jax.jit(lambda key, batch: module.init(key, batch, method="complete"))
-    variables, others = (_steep(init(jax.random.key(seed), batch)) for seed in (0, 1))
+    variables, others = (random_variables(module, batch, seed) for seed in (0, 1))
     complete = jax.jit(lambda variables, batch: module.apply(variables, batch, method="complete"))
     online, student = complete(variables, batch), complete(others, batch)
     field_of = {"temporal": "temporal", "spatial": "frames", "global": "similarity"}
@@ -156,7 +161,7 @@ def test_cached_and_online_teachers_agree(tmp_path, head, fields, dtypes):
         place=lambda rows: place_batch(rows, mesh),
         sharding=batch_sharding(mesh),
     )
-    scale = float(module.apply(variables, method="scale"))
+    scale = float(online.logit_scale)
     for dtype, spec in zip(dtypes, specs, strict=True):
         folder = spec.folder(tmp_path)
         build_cache(folder, spec, vectors, batch_size=8, steps_per_file=2, scalars={"logit_scale": scale})
@@ -176,7 +181,7 @@ def test_cached_and_online_teachers_agree(tmp_path, head, fields, dtypes):
             assert not rounded or np.abs(ours - theirs).max() > 1e-4  # it is bfloat16 that was read
         # Loose heads score `video` and `text`, which stay float32. The tight head reads rounded frames; its
         # blocks are about as steep as the identity, so a score moves by a few roundings.
-        exact = dtype == "float32" or head != "tightTransf"
+        exact = head != "tightTransf"
         spread = float(jnp.abs(online.similarity).max())
         np.testing.assert_allclose(
             cached.similarity, online.similarity, rtol=0, atol=spread * (2e-6 if exact else 4 * U)

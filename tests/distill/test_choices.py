@@ -49,6 +49,13 @@ def models():
     return theirs, DualEncoder(ClipVision(vision), ClipText(text), MeanPool()), {"params": params}
 
 
+@pytest.fixture(scope="module")
+def seen(models):
+    """Our features of the questions."""
+    _, module, variables = models
+    return jax.jit(lambda variables, batch: choice_features(module, variables, batch))(variables, questions())
+
+
 def texts(shape, seed=0):
     """Tokens from first to end of text; words of one or two tokens, the first two words cut off."""
     rng = np.random.default_rng(seed)
@@ -102,10 +109,8 @@ def slow_words(model, batch):
     return words, mask
 
 
-def test_choices_are_those_of_transformers(models):
-    model, module, variables = models
-    batch = questions()
-    found = jax.jit(lambda variables, batch: choice_features(module, variables, batch))(variables, batch)
+def test_choices_are_those_of_transformers(models, seen):
+    model, batch, found = models[0], questions(), seen
     scale = model.logit_scale.exp().item()
     expected = torch_logits(model, batch["image"], batch["clip_tokens"].reshape(-1, T))
     expected = np.stack([row.reshape(B, K)[b] for b, row in enumerate(expected.reshape(B, B, K))])
@@ -171,7 +176,7 @@ def test_similarities_of_a_split_feed_the_anchors(models):
         similarities(module, variables, [{**questions(b=2), "mask": mask[:2]}])
 
 
-def test_in_chunks_on_a_mesh_it_is_the_same(models):
+def test_in_chunks_on_a_mesh_it_is_the_same(models, seen):
     _, module, variables = models
     batch, mesh = questions(), make_mesh(devices=jax.devices()[:2])
 
@@ -181,12 +186,11 @@ def test_in_chunks_on_a_mesh_it_is_the_same(models):
 
         return apply_in_chunks(part, batch, 2)[0]
 
-    whole = jax.jit(lambda variables, batch: choice_features(module, variables, batch))(variables, batch)
     with jax.set_mesh(mesh):
         found = jax.jit(in_chunks)(variables, place_batch(batch, mesh))
-    assert found.given() == whole.given() - {"logit_scale"}
+    assert found.given() == seen.given() - {"logit_scale"}
     for name in found.given():
-        ours, theirs = np.asarray(getattr(found, name)), np.asarray(getattr(whole, name))
+        ours, theirs = np.asarray(getattr(found, name)), np.asarray(getattr(seen, name))
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
@@ -202,33 +206,48 @@ def test_no_gradient_leaves_the_teacher(models):
 
 
 def said(image, text, scale):
-    return Features(image=jnp.array(image), text=jnp.array(text), logit_scale=jnp.float32(scale))
+    image, text, scale = (np.asarray(x, np.float32) for x in (image, text, scale))
+    return Features(image=jnp.asarray(image), text=jnp.asarray(text), logit_scale=jnp.asarray(scale))
+
+
+def answered(logits):
+    return Features(logits=jnp.asarray(np.asarray(logits, np.float32)))
+
+
+def gated(student, teacher, **fields):
+    return jax.jit(ConfidenceGate(**fields).__call__)(student, teacher).tolist()
 
 
 def test_the_gate_from_vectors_to_end():
+    compute = jax.jit(with_logits)
     # Cosines 1 and 0 times log 3: CLIP says 0.75 and 0.25.
     teacher = said([[2.0, 0.0]] * 3, [[[5.0, 0.0], [0.0, 1.0]]] * 3, np.log(3))
-    teacher = with_logits(teacher, {"label": np.array([0, 1, -1], np.int32)}, None, None)
-    np.testing.assert_allclose(jax.nn.softmax(teacher.logits), [[0.75, 0.25]] * 3, rtol=1e-6)
-    student = Features(logits=jnp.log(jnp.array([[0.7, 0.3], [0.8, 0.2], [0.4, 0.6]])))
-    assert ConfidenceGate()(student, teacher).tolist() == [1, 0, 1]
-    assert ConfidenceGate(choices="correct")(student, teacher).tolist() == [1, 1, 0]
+    teacher = compute(teacher, {"label": np.array([0, 1, -1], np.int32)}, None, None)
+    np.testing.assert_allclose(softmax(teacher.logits), [[0.75, 0.25]] * 3, rtol=1e-6)
+    student = answered(np.log([[0.7, 0.3], [0.8, 0.2], [0.4, 0.6]]))
+    assert gated(student, teacher) == [1, 0, 1]
+    assert gated(student, teacher, choices="correct") == [1, 1, 0]
 
     # SNLI-VE: similarities 10 * (0, 0.5, 1), anchors 0, 10 and 6: -(0, 100, 36), -(25, 25, 1), -(100, 0, 16).
     text = [[[0.0, 1.0]], [[0.5, np.sqrt(0.75)]], [[3.0, 0.0]]]
-    teacher = with_logits(said([[1.0, 0.0]] * 3, text, 10), {}, None, jnp.array([0.0, 10.0, 6.0]))
+    teacher = compute(said([[1.0, 0.0]] * 3, text, 10), {}, None, jnp.array([0.0, 10.0, 6.0]))
     np.testing.assert_allclose(
         teacher.logits, [[0, -100, -36], [-25, -25, -1], [-100, 0, -16]], rtol=1e-5, atol=1e-4
     )
-    student = Features(logits=jnp.array([[30.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 12.0, 0.0]]))
-    assert ConfidenceGate()(student, teacher).tolist() == [0, 1, 1]
+    student = answered([[30.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 12.0, 0.0]])
+    assert gated(student, teacher) == [0, 1, 1]
 
     # VQA: cosines -1, 0 and 1 with three answers, times log 4: 1/21, 4/21, 16/21.
     answers = jnp.array([[-1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
-    teacher = with_logits(said([[1.0, 0.0]] * 2, [[[9.0, 9.0]]] * 2, np.log(4)), {}, answers, None)
-    np.testing.assert_allclose(jax.nn.softmax(teacher.logits), np.array([[1, 4, 16]] * 2) / 21, rtol=1e-5)
-    student = Features(logits=jnp.log(jnp.array([[0.2, 0.7, 0.1], [0.1, 0.1, 0.8]])))
-    assert ConfidenceGate()(student, teacher).tolist() == [1, 0]
+    teacher = compute(said([[1.0, 0.0]] * 2, [[[9.0, 9.0]]] * 2, np.log(4)), {}, answers, None)
+    np.testing.assert_allclose(softmax(teacher.logits), np.array([[1, 4, 16]] * 2) / 21, rtol=1e-5)
+    student = answered(np.log([[0.2, 0.7, 0.1], [0.1, 0.1, 0.8]]))
+    assert gated(student, teacher) == [1, 0]
+
+
+def softmax(logits):
+    e = np.exp(np.asarray(logits, np.float64))
+    return e / e.sum(-1, keepdims=True)
 
 
 def test_what_does_not_fit_is_refused(models):

@@ -26,7 +26,7 @@ def logits_of(probabilities):
     return Features(logits=jnp.log(jnp.asarray(probabilities, jnp.float32)))
 
 
-@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6])
+@pytest.mark.parametrize("temperature", [0.7, 1.6])
 @pytest.mark.parametrize("choices", ["all", "correct"])
 def test_the_gate_is_the_equations(temperature, choices):
     rng = np.random.default_rng(0)
@@ -88,7 +88,7 @@ def test_no_gradient_goes_through_the_gate():
         return loss_fn({"student": params, "terms": {}}, {}, {"clip": {}}, {}, None, 0)[0]
 
     params = {"sure": jnp.float32(1.5), "size": jnp.float32(0.8)}
-    gradient = jax.grad(loss)(params)
+    gradient = jax.jit(jax.grad(loss))(params)
     assert float(gradient["sure"]) == 0
     seen = student(params, {}, {}, None)[0]
     is_open = np.asarray(gate(seen, teacher))

@@ -1,6 +1,6 @@
 """The terms of targeted distillation against slow NumPy from CLIP-TD's equations, and by hand."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def features(seed, width=D, slots=W, choices=(K,), image_choices=()):
     rng = np.random.default_rng(seed)
 
     def normal(*shape):
-        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+        return jnp.asarray(rng.normal(size=shape).astype(np.float32))
 
     lengths = rng.integers(1, slots + 1, (B, *choices))
     lengths.flat[0], lengths.flat[-1] = slots, 1
@@ -41,9 +41,14 @@ def features(seed, width=D, slots=W, choices=(K,), image_choices=()):
     )
 
 
+@cache
+def compiled(term):
+    return jax.jit(lambda *args: term.apply(*args))
+
+
 def value(term, student, teacher, params=None):
     """[B], compiled at once, which is quicker here than op by op."""
-    return jax.jit(term.apply)(params or {}, student, teacher, jnp.ones(len(student.word_mask), bool))
+    return compiled(term)(params or {}, student, teacher, np.ones(len(student.word_mask), bool))
 
 
 def slow_scores(image, words, importance, real):
@@ -77,7 +82,7 @@ def slow_tokens(student, teacher, count, content_only=False):
     return out
 
 
-@pytest.mark.parametrize("count,content_only", [(1, False), (2, False), (3, True), (50, False)])
+@pytest.mark.parametrize("count,content_only", [(2, False), (3, True), (50, False)])
 def test_tokens_are_the_chosen_words_l1(count, content_only):
     # The models cut texts at different words, and the student has fewer slots.
     student, teacher = features(0, slots=W - 1), features(1)
@@ -100,16 +105,19 @@ def test_tokens_without_choices_are_those_of_one_choice():
         )
 
 
+choose = jax.jit(choose_words, static_argnums=2)
+
+
 def test_selection_by_hand():
     # cos = .8, .6, 0, -1: shares 4/7, 3/7, 0, 0. Importance 0, 1, 3, 0: shares 0, 1/4, 3/4, 0.
     image = jnp.array([[1.0, 0.0]])
     words = jnp.array([[[0.8, 0.6], [0.6, 0.8], [0.0, 2.0], [-3.0, 0.0]]])
     mask, importance = jnp.ones((1, 4), bool), jnp.array([[0.0, 1.0, 3.0, 0.0]])
-    relevance = visual_relevance(image, words, mask)
+    relevance = jax.jit(visual_relevance)(image, words, mask)
     np.testing.assert_allclose(relevance, [[0.8, 0.6, 0, 0]], atol=1e-6)
-    scores = word_scores(relevance, importance, mask)
+    scores = jax.jit(word_scores)(relevance, importance, mask)
     np.testing.assert_allclose(scores, [[4 / 7, 3 / 7 + 1 / 4, 3 / 4, 0]], rtol=1e-5)
-    places, chosen = choose_words(scores, mask, 2)
+    places, chosen = choose(scores, mask, 2)
     assert places.tolist() == [[2, 1]] and chosen.all()
     # The student's vectors are 0, so eq. 7 is |(0, 2)|_1 + |(.6, .8)|_1.
     teacher = Features(image=image, words=words, word_mask=mask, importance=importance)
@@ -120,12 +128,12 @@ def test_selection_by_hand():
 def test_ties_go_to_the_earlier_word_and_short_texts_give_all():
     mask = jnp.array([[True] * 4, [False, True, False, False], [False] * 4])
     scores = jnp.array([[0.5, 0.7, 0.7, 0.5]] * 3)
-    places, chosen = choose_words(scores, mask, 3)
+    places, chosen = choose(scores, mask, 3)
     assert places[0].tolist() == [1, 2, 0] and chosen[0].all()
     assert places[1, 0] == 1 and chosen[1].tolist() == [True, False, False]
     assert not chosen[2].any()
-    assert choose_words(jnp.zeros((1, 4)), mask[:1], 2)[0].tolist() == [[0, 1]]
-    assert choose_words(scores, mask, 9)[0].shape == (3, 4)
+    assert choose(np.zeros((1, 4), np.float32), mask[:1], 2)[0].tolist() == [[0, 1]]
+    assert jax.eval_shape(lambda *x: choose_words(*x, 9), scores, mask)[0].shape == (3, 4)
     with pytest.raises(ValueError, match="at least one word"):
         choose_words(scores, mask, 0)
 
@@ -218,17 +226,21 @@ def test_distances():
         "cosine": [1 - a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(s, t, strict=True)],
     }
     for distance, values in expected.items():
-        found = vector_distance(jnp.asarray(s, jnp.float32), jnp.asarray(t, jnp.float32), distance)
+        found = jax.jit(vector_distance, static_argnums=2)(
+            s.astype(np.float32), t.astype(np.float32), distance
+        )
         np.testing.assert_allclose(found, values, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name,field", [("vision", "image"), ("language", "text"), ("tokens", "words")])
 def test_another_width_is_projected_by_the_term(name, field):
     student, teacher, term = features(0, width=3), features(1), TERMS[name]()
-    params = jax.jit(term.init)(jax.random.key(0), student, teacher, VALID)
-    kernel = np.asarray(params["params"]["projection"]["kernel"])
+    shapes = jax.eval_shape(term.init, jax.random.key(0), student, teacher, VALID)
+    rng = np.random.default_rng(2)
+    params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
+    kernel, bias = (params["params"]["projection"][name] for name in ("kernel", "bias"))
     assert kernel.shape == (3, D)
-    projected = student.replace(**{field: jnp.asarray(np.asarray(getattr(student, field)) @ kernel)})
+    projected = student.replace(**{field: jnp.asarray(np.asarray(getattr(student, field)) @ kernel + bias)})
     np.testing.assert_allclose(
         value(term, student, teacher, params),
         value(term, projected, teacher),
@@ -245,8 +257,8 @@ def test_gradients_reach_the_student_alone_and_a_copy_has_no_loss(name):
     def loss(ours, theirs):
         return value(TERMS[name](), student.replace(**ours), teacher.replace(**theirs)).sum()
 
-    assert float(loss(*floats)) > 1
-    ours, theirs = jax.grad(loss, (0, 1))(*floats)
+    found, (ours, theirs) = jax.jit(jax.value_and_grad(loss, (0, 1)))(*floats)
+    assert float(found) > 1
     assert any(np.any(np.asarray(g)) for g in ours.values())
     assert not any(np.any(np.asarray(g)) for g in theirs.values())
     assert not np.any(value(TERMS[name](), teacher, teacher))
@@ -254,9 +266,11 @@ def test_gradients_reach_the_student_alone_and_a_copy_has_no_loss(name):
 
 def test_only_the_chosen_words_get_a_gradient():
     student, teacher = features(0, choices=()), features(1, choices=())
-    gradient = jax.grad(lambda words: value(TokenKD(count=2), student.replace(words=words), teacher).sum())(
-        student.words
-    )
+
+    def loss(words):
+        return value(TokenKD(count=2), student.replace(words=words), teacher).sum()
+
+    gradient = jax.jit(jax.grad(loss))(student.words)
     moved = np.any(np.asarray(gradient), -1)
     both = np.asarray(student.word_mask & teacher.word_mask)
     np.testing.assert_array_equal(moved.sum(-1), np.minimum(both.sum(-1), 2))
@@ -273,7 +287,8 @@ def test_terms_train_within_the_objective_and_draw_anew():
         {"clip": lambda frozen, batch: teacher},
     )
     params = {"student": {}, "terms": {}}
-    losses = [float(loss_fn(params, {}, {"clip": {}}, {}, jax.random.key(s), 0)[0]) for s in (0, 0, 1)]
+    loss = jax.jit(lambda key: loss_fn(params, {}, {"clip": {}}, {}, key, 0)[0])
+    losses = [float(loss(jax.random.key(s))) for s in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2] and losses[0] > 0
 
 

@@ -7,6 +7,8 @@ import pytest
 
 from clipdistill_jax.models.roi_align import roi_align
 
+jitted = jax.jit(roi_align, static_argnames=("output_size", "sampling_ratio", "spatial_scale"))
+
 # Within, across every edge, far outside, a point, thin, the whole map.
 BOXES = np.array(
     [
@@ -45,11 +47,11 @@ def slow(features, box, size, samples, scale):
     return out
 
 
-@pytest.mark.parametrize(("size", "samples", "scale"), [(3, 2, 1), (1, 5, 1), (2, 1, 0.5), (2, 3, 1.7)])
+@pytest.mark.parametrize(("size", "samples", "scale"), [(3, 2, 1), (1, 5, 0.5), (2, 1, 1.7)])
 def test_equals_its_definition(size, samples, scale):
     maps = np.random.default_rng(0).normal(size=(2, 5, 7, 3)).astype(np.float32)
     boxes = np.stack([BOXES, BOXES[::-1]])
-    found = roi_align(maps, boxes, output_size=size, sampling_ratio=samples, spatial_scale=scale)
+    found = jitted(maps, boxes, output_size=size, sampling_ratio=samples, spatial_scale=scale)
     expected = [[slow(maps[b], box, size, samples, scale) for box in boxes[b]] for b in range(2)]
     assert found.shape == (2, len(BOXES), size, size, 3)
     np.testing.assert_allclose(found, expected, atol=2e-6)
@@ -69,7 +71,7 @@ def test_equals_torchs_bilinear_samples():
         align_corners=True,
     )
     expected = torch.nn.functional.avg_pool2d(sampled, 2)[0].permute(1, 2, 0).numpy()
-    found = roi_align(maps, box[None, None], output_size=4, sampling_ratio=2)
+    found = jitted(maps, box[None, None], output_size=4, sampling_ratio=2)
     np.testing.assert_allclose(found[0, 0], expected, atol=2e-6)
 
 
@@ -78,29 +80,29 @@ def test_by_hand():
     ramp = np.stack([x, y, np.full_like(x, 3)], axis=-1)[None].astype(np.float32)
     boxes = np.array([[[2, 1, 6, 5], [1.5, 3, 2.5, 3.25]]], np.float32)
     # A plane's mean over a box is its value at the middle; and by quarters, at the quarters' middles.
-    one = roi_align(ramp, boxes, output_size=1, sampling_ratio=4)[0, :, 0, 0]
+    one = jitted(ramp, boxes, output_size=1, sampling_ratio=4)[0, :, 0, 0]
     np.testing.assert_allclose(one, [[4, 3, 3], [2, 3.125, 3]], atol=1e-6)
-    four = roi_align(ramp, boxes[:, :1], output_size=2)[0, 0]
+    four = np.asarray(jitted(ramp, boxes[:, :1], output_size=2)[0, 0])
     np.testing.assert_allclose(four[..., 0], [[3, 5], [3, 5]], atol=1e-6)
     np.testing.assert_allclose(four[..., 1], [[2, 2], [4, 4]], atol=1e-6)
     # In units of 32 pixels.
-    scaled = roi_align(ramp, boxes * 32, output_size=1, sampling_ratio=4, spatial_scale=1 / 32)
+    scaled = jitted(ramp, boxes * 32, output_size=1, sampling_ratio=4, spatial_scale=1 / 32)
     np.testing.assert_allclose(scaled[0, :, 0, 0], one, atol=1e-5)
     # A whole cell away from the map there is nothing; half a cell away, its edge.
     off = np.array([[[9.6, 4, 9.8, 4], [8.4, 4, 8.4, 4]]], np.float32)
-    found = roi_align(ramp, off, output_size=1, sampling_ratio=1)[0, :, 0, 0]
+    found = jitted(ramp, off, output_size=1, sampling_ratio=4)[0, :, 0, 0]
     np.testing.assert_allclose(found, [[0, 0, 0], [7.5, 4, 3]], atol=1e-6)
 
 
 def test_gradient_and_dtype():
     maps = jnp.ones((1, 4, 4, 2), jnp.bfloat16)
     boxes = jnp.array([[[0.5, 0.5, 3.5, 3.5]]])
-    assert roi_align(maps, boxes).dtype == jnp.bfloat16
+    assert jax.eval_shape(roi_align, maps, boxes).dtype == jnp.bfloat16
 
     def total(maps):
         return roi_align(maps, boxes, output_size=1, sampling_ratio=6).sum()
 
-    grad = jax.grad(total)(jnp.ones((1, 4, 4, 2)))
+    grad = np.asarray(jax.jit(jax.grad(total))(np.ones((1, 4, 4, 2), np.float32)))
     np.testing.assert_allclose(grad.sum(), 2, rtol=1e-6)  # the samples' weights add up to 1 a channel
     with pytest.raises(ValueError, match="sampling_ratio=0"):
         roi_align(maps, boxes, sampling_ratio=0)

@@ -191,7 +191,7 @@ def test_the_step_compiles_once():
 
 def test_a_frozen_argument_on_the_host_is_refused_and_on_the_device_kept():
     with pytest.raises(ValueError, match="frozen scale is a ndarray on the host"):
-        state, step_fn, _ = make(MESH)
+        state, step_fn, _ = make(MESH, 6)
         train(state, step_fn, batches, LoopConfig(steps=1), MESH, frozen={"scale": np.ones(())})
     frozen = sharding.place_tree({"scale": np.float32(2)}, {"scale": sharding.replicated(MESH)})
     finished, lines = run(frozen=frozen)
@@ -201,7 +201,7 @@ def test_a_frozen_argument_on_the_host_is_refused_and_on_the_device_kept():
 
 def test_another_runs_checkpoint_is_refused_and_the_state_survives(tmp_path):
     run(tmp_path)
-    state, step_fn, _ = make(MESH, ema_decay=0.9)
+    state, step_fn, _ = make(MESH, 6, ema_decay=0.9)
     with pytest.raises(CheckpointError, match="ema/first/bias: expected float32"):
         train(state, step_fn, batches, LoopConfig(steps=9), MESH, checkpointer=Checkpointer(tmp_path))
     assert not state.params["first"]["kernel"].is_deleted()
@@ -209,7 +209,7 @@ def test_another_runs_checkpoint_is_refused_and_the_state_survives(tmp_path):
 
 def test_speed_leaves_out_compilation_evaluation_and_saving(tmp_path):
     def slow_evaluation(state, step):
-        time.sleep(1.0)
+        time.sleep(0.6)
         return {"val/x": 0.0}
 
     def slow_step(*args):
@@ -224,8 +224,8 @@ def test_speed_leaves_out_compilation_evaluation_and_saving(tmp_path):
     train(state, slow_step, batches, config, MESH, **extra)
     for step in (4, 8):
         values = memory.lines[step]
-        # 20 a second at best; with the two seconds of evaluation between reports it would be under 2.
-        assert 2 < values["speed/steps_per_sec"] < 20
+        # 20 a second at best; with the 1.2 seconds of evaluation between reports it would be under 3.
+        assert 3 < values["speed/steps_per_sec"] < 20
         assert values["speed/rows_per_sec"] == pytest.approx(ROWS * values["speed/steps_per_sec"])
         assert 0 <= values["speed/data_wait"] < 0.5
 
@@ -242,11 +242,11 @@ def test_a_hang_is_shown(capfd, monkeypatch):
     def hangs(start):
         for i, batch in enumerate(batches(start)):
             if i == 2:
-                time.sleep(1.0)
+                time.sleep(0.5)
             yield batch
 
     monkeypatch.setattr(sys, "__stderr__", sys.stderr if hasattr(sys.stderr, "fileno") else sys.__stderr__)
-    run(pipeline=hangs, config={"hang_minutes": 0.4 / 60})
+    run(pipeline=hangs, config={"hang_minutes": 0.2 / 60})
     err = capfd.readouterr().err
     assert "Timeout" in err and "prefetch" in err
 
