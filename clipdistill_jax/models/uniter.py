@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from clipdistill_jax.models.bert import INIT, LARGE, BertConfig, BertEmbeddings, BertEncoder, BertPooler
+from clipdistill_jax.models.bert import LARGE, BertConfig, BertEmbeddings, BertEncoder, BertPooler
 from clipdistill_jax.models.features import Batch
 from clipdistill_jax.models.heads import (
     Classifier,
@@ -79,11 +79,11 @@ class RegionEmbeddings(nn.Module):
 
     def setup(self):
         c = self.config
-        self.features = nn.Dense(c.width, dtype=self.dtype, kernel_init=INIT)
-        self.locations = nn.Dense(c.width, dtype=self.dtype, kernel_init=INIT)
+        self.features = nn.Dense(c.width, dtype=self.dtype, kernel_init=c.init)
+        self.locations = nn.Dense(c.width, dtype=self.dtype, kernel_init=c.init)
         self.ln_features, self.ln_locations, self.ln = (layer_norm(c.ln_eps, self.dtype) for _ in range(3))
         # Row 0, of regions that are not hidden, is 0 in UNITER; it is kept for its checkpoints and not read.
-        self.mask_embedding = nn.Embed(2, c.feature_width, dtype=self.dtype, embedding_init=INIT)
+        self.mask_embedding = nn.Embed(2, c.feature_width, dtype=self.dtype, embedding_init=c.init)
 
     def __call__(
         self,

@@ -18,7 +18,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from clipdistill_jax.models.bert import INIT, LARGE, BertConfig, BertEmbeddings, BertEncoder, BertPooler
+from clipdistill_jax.models.bert import LARGE, BertConfig, BertEmbeddings, BertEncoder, BertPooler
 from clipdistill_jax.models.features import Batch
 from clipdistill_jax.models.heads import Linear, MaskedLanguage, TransformedClasses
 from clipdistill_jax.models.image import AnyArray
@@ -114,7 +114,7 @@ class VlBert(JointModel):
         check_heads(type(self).__name__, self.heads, self.known)
         c, eps, dtype = self.config, self.config.ln_eps, self.dtype
 
-        def vector(width: int, init: nn.initializers.Initializer = INIT) -> nn.Embed:
+        def vector(width: int, init: nn.initializers.Initializer = c.init) -> nn.Embed:
             return nn.Embed(1, width, dtype=dtype, embedding_init=init)
 
         def visual_norm() -> nn.LayerNorm:

@@ -120,7 +120,14 @@ def with_students(config: ConfigDict, row: str, shots: int) -> ConfigDict:
     )
     config.data.tokenizer = config.get_ref("clip")  # the exported folder has the tokenizer too
     config.student = dict(
-        kind="uniter", width=WIDTH, layers=2, heads=4, mlp_width=4 * WIDTH, context_length=64, dtype="float32"
+        kind="uniter",
+        width=WIDTH,
+        layers=2,
+        heads=4,
+        mlp_width=4 * WIDTH,
+        context_length=64,
+        initializer_range=0.1,  # BERT's 0.02 is for 768 channels
+        dtype="float32",
     )
     shared = {}
     names = ROWS if row == ALL else () if row == TEACHER else (row,)
