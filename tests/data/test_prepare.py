@@ -217,7 +217,7 @@ def test_damaged_manifest(tree, tmp_path):
 def test_killed_run_leaves_nothing_that_is_taken_for_whole(copy, tmp_path):
     """kill -9 in the middle; the decoders end too; the next run starts over and is complete."""
     rows = [[f"video{k}"] for k in range(6)]
-    long = write_video(copy / "long.mp4", seconds=20, fps=20)
+    long = write_video(copy / "long.mp4", seconds=5, fps=20)
     for k in range(20, 36):
         shutil.copy(long, copy / "videos" / f"video{k}.mp4")
         rows.append([f"video{k}"])
@@ -228,13 +228,15 @@ def test_killed_run_leaves_nothing_that_is_taken_for_whole(copy, tmp_path):
     out = tmp_path / "out"
     marks = tmp_path / "marks"
     code = f"""
-import os, sys
+import os, sys, time
 from clipdistill_jax.data import builder
 write = builder.write_records
 def slow(*args, on_clip, **kwargs):
     def marked(split, clip, decoded):
         on_clip(split, clip, decoded)
         print(clip.video_id, file=open({str(marks)!r}, "a"))
+        if open({str(marks)!r}).read().count("\\n") == 3:
+            time.sleep(60)  # in the middle, when the signal comes
     write(*args, on_clip=marked, **kwargs)
 builder.write_records = slow
 from clipdistill_jax.prepare import main

@@ -21,7 +21,7 @@ from clipdistill_jax.data.shapes.vcr import write_vcr
 from clipdistill_jax.data.shapes.vqa import write_vqa
 from clipdistill_jax.data.vocabulary import normalize_answer
 
-SIZES = dict(train=140, validation=21, test=14, size=32, region_width=27, shortcut_rate=0.7)
+SIZES = dict(train=70, validation=14, test=7, size=32, region_width=27, shortcut_rate=0.7)
 VCR = SceneConfig(**SIZES, questions=6)
 SNLI_VE = SceneConfig(**SIZES, questions=3)
 VQA = SceneConfig(**SIZES, questions=3, annotator_noise=0.1)
@@ -233,7 +233,7 @@ def test_vqa(vqa_tree):
     assert all(record.answers == () for record in splits["test"])
     assert not list(vqa_tree.glob("*test*annotations*"))
     records = splits["train"]
-    assert Counter(r.answer_type for r in records) == dict.fromkeys(("yes/no", "number", "other"), 140)
+    assert Counter(r.answer_type for r in records) == dict.fromkeys(("yes/no", "number", "other"), 70)
     agree = [normalize_answer(a) == r.top_answer for r in records for a in r.answers]
     check_rate(agree, 0.9)
     assert len({a for r in records for a in r.answers}) > len({r.top_answer for r in records})  # spellings

@@ -149,6 +149,9 @@ def test_a_run_of_which_only_the_results_are_left(tmp_path):
 
 def test_a_run_of_both_kinds_has_both_tables(tmp_path):
     settings, results = fake_questions.write(tmp_path)
+    for name in ("naive", "ts", "clip_td"):
+        del settings["stages"][name], results[name]
+    (tmp_path / "adapt/metrics.jsonl").unlink()
     retrieval, more = fake_run.write(tmp_path / "teacher_run", clips=12, pairs=0)
     settings["stages"] = {"teacher": retrieval["stages"]["teacher"], **settings["stages"]}
     results = {"teacher": {**more["teacher"], "folder": str(tmp_path / "teacher_run/teacher")}, **results}

@@ -130,16 +130,30 @@ def test_markdown_holds_the_table_and_the_gain(written):
     assert len(rows) == 2 + len(results) and "compared with Student MobileViTv2-0.5, alone" in text
 
 
-def test_captions_config_and_titles_are_escaped(tmp_path):
-    settings, results = fake_run.write(tmp_path / "run", clips=12, pairs=1)
+def two_stages(folder, pairs):
+    """(config, results) of a run of the students alone, of which one has lost its log: few pictures."""
+    settings, results = fake_run.write(folder, clips=12, pairs=pairs)
+    (folder / "distilled/metrics.jsonl").unlink()
+    names = ("student", "distilled")
+    settings["stages"] = {name: settings["stages"][name] for name in names}
+    return settings, {name: results[name] for name in names}
+
+
+def test_what_is_written_is_escaped_and_torn_logs_are_read(tmp_path):
+    settings, results = two_stages(tmp_path / "run", pairs=1)
     settings["stages"]["student"]["title"] = "<script>alert(1)</script> & co"
     settings["note"] = "</pre><img src=http://example.org/x.png>"
     for name in results:
         arrays = fake_run.scores(name, 12, 1)
         arrays["captions"] = np.array(["<b>bold</b> \"quoted\" 'text' $a_b$"] * 12)
         np.savez(tmp_path / "run" / name / "scores.npz", **arrays)
+    with (tmp_path / "run/student/metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 625, "train/task_loss": None}) + '\n{"step": 650, "train/ta')
+    with (tmp_path / "run/student/launches.jsonl").open("a") as file:
+        file.write('{"time": ')
     write_report(settings, tmp_path / "run", results, fake_run.frames_of)
     page = Page((tmp_path / "run" / "report.html").read_text(encoding="utf-8"))
+    assert page.of("h2") == HEADINGS
     assert not {"script", "b"} & {tag for tag, _ in page.tags}
     assert "<script>alert(1)</script> & co" in page.of("th")
     assert all(a.get("src", "data:").startswith("data:") for _, a in page.tags)
@@ -150,7 +164,8 @@ def test_a_title_with_dollars_is_not_mathematics(tmp_path):
 
 
 def test_a_run_without_motion_pairs_frames_or_validation(tmp_path):
-    settings, results = fake_run.write(tmp_path / "run", clips=12, pairs=0)
+    settings, results = two_stages(tmp_path / "run", pairs=0)
+    (tmp_path / "run/student/scores.npz").unlink()
     write_report(settings, tmp_path / "run", results)
     page = Page((tmp_path / "run" / "report.html").read_text(encoding="utf-8"))
     assert page.of("h2") == ["Accuracy and cost", "Training", "How the run was made"]
@@ -163,18 +178,6 @@ def test_a_run_of_which_only_the_results_are_left(tmp_path):
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert page.of("h2") == ["Accuracy and cost", "How the run was made"]
     assert "gained" not in said and "lost" not in said
-
-
-def test_torn_and_empty_values_in_the_logs(tmp_path):
-    settings, results = fake_run.write(tmp_path / "run", clips=12, pairs=1)
-    with (tmp_path / "run/student/metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"step": 625, "train/task_loss": None}) + '\n{"step": 650, "train/ta')
-    with (tmp_path / "run/student/launches.jsonl").open("a") as file:
-        file.write('{"time": ')
-    (tmp_path / "run/teacher/metrics.jsonl").unlink()
-    (tmp_path / "run/pretrain/scores.npz").unlink()
-    write_report(settings, tmp_path / "run", results, fake_run.frames_of)
-    assert Page((tmp_path / "run/report.html").read_text(encoding="utf-8")).of("h2") == HEADINGS
 
 
 def test_a_light_and_a_dark_picture():

@@ -10,7 +10,6 @@ from clipdistill_jax import defaults
 from clipdistill_jax.experiment import build_stage, plain
 from clipdistill_jax.systems.adaptive import right_choice
 from clipdistill_jax.train import sharding
-from clipdistill_jax.train import state as states
 
 VOCAB = {
     "teacher": 50,
@@ -85,21 +84,54 @@ def batch_of(stage, rng, kind):
     return {name: fill(name, x) for name, x in stage.system.example("stage", SIZE).items()}
 
 
-def run(mesh, kind="vcr", student="uniter", steps=1, **fields):
-    """(metrics of the last step, the state after it, the batch)."""
-    stage = build_stage(plain(config(kind, student, **fields)), "stage", mesh, VOCAB)
-    rng = np.random.default_rng(0)
-    batch = batch_of(stage, rng, kind)
-    frozen = jax.tree.map(lambda x: jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype), stage.frozen)
-    state = states.create(stage.init, stage.optimizer, mesh, jax.random.key(0), **stage.placement)
+def built(mesh, kind="vcr", student="uniter", **fields):
+    """(stage, state, frozen, batch): random weights, the student's the same for all stages of a kind."""
+    sgd = dict(name="sgd", learning_rate=0.1, clip_norm=0.0)  # compiles sooner than AdamW
+    stage = build_stage(plain(config(kind, student, optimizer=sgd, **fields)), "stage", mesh, VOCAB)
+    batch = batch_of(stage, np.random.default_rng(0), kind)
+
+    def random(shapes):
+        rng = np.random.default_rng(1)
+        return jax.tree.map(lambda x: (0.2 * rng.normal(size=x.shape)).astype(x.dtype), shapes)
+
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), stage.template)
+    state = zeros.replace(params=random(stage.template.params))
+    return stage, state, random(stage.frozen), batch
+
+
+def floats(metrics):
+    return {name: tuple(map(float, pair)) for name, pair in metrics.items()}
+
+
+def run(mesh, *args, **fields):
+    """(metrics of a step, the state after it)."""
+    stage, state, frozen, batch = built(mesh, *args, **fields)
     with jax.set_mesh(mesh):
-        for _ in range(steps):
-            state, metrics = stage.step(state, frozen, batch)
-    return {name: tuple(map(float, pair)) for name, pair in metrics.items()}, state, batch
+        state, metrics = stage.step(state, frozen, batch)
+    return floats(metrics), jax.device_get(state)
 
 
-def test_every_question_is_distilled_and_the_labelled_ones_are_learned(mesh):
-    metrics, _, _ = run(mesh, terms=CLIP_TD, gate=OPEN)
+def measured(mesh, *args, **fields):
+    """The metrics of a step alone: what they do not need, the gradient, is not compiled."""
+    stage, *given = built(mesh, *args, **fields)
+
+    @jax.jit
+    def forward(state, frozen, batch):
+        _, metrics = stage.step(state, frozen, batch)
+        return {name: pair for name, pair in metrics.items() if name not in ("grad_norm", "nonfinite")}
+
+    with jax.set_mesh(mesh):
+        return floats(forward(*given))
+
+
+@pytest.fixture(scope="module")
+def distilled(mesh):
+    """(metrics, state) of a step of CLIP-TD with an open gate."""
+    return run(mesh, terms=CLIP_TD, gate=OPEN)
+
+
+def test_every_question_is_distilled_and_the_labelled_ones_are_learned(distilled):
+    metrics, _ = distilled
     assert metrics["task_loss"][1] == metrics["accuracy"][1] == SIZE / 2
     for name in CLIP_TD:
         assert metrics[f"{name}_loss"][1] == metrics[f"{name}_gate"][1] == SIZE
@@ -109,13 +141,14 @@ def test_every_question_is_distilled_and_the_labelled_ones_are_learned(mesh):
     assert metrics["loss"][0] == pytest.approx(total, rel=1e-5)
 
 
-@pytest.mark.parametrize("kind, student", [("snli_ve", "uniter"), ("vqa", "vl_bert"), ("vcr", "vl_bert")])
-def test_a_gate_that_never_opens_leaves_the_student_as_it_is_alone(mesh, kind, student):
-    fields = {"object_loss": 1.0} if (kind, student) == ("vcr", "vl_bert") else {}
-    shut, taught, _ = run(mesh, kind, student, terms=CLIP_TD, gate={"temperature": 1e-6}, **fields)
-    alone, by_itself, _ = run(mesh, kind, student, **fields)
+SHUT = {"terms": CLIP_TD, "gate": {"temperature": 1e-6}}
+
+
+def test_a_gate_that_never_opens_leaves_the_student_as_it_is_alone(mesh):
+    shut, taught = run(mesh, "vcr", "vl_bert", **SHUT, object_loss=1.0)
+    alone, by_itself = run(mesh, "vcr", "vl_bert", object_loss=1.0)
     assert shut["tokens_gate"] == (0.0, SIZE) and shut["loss"] == pytest.approx(alone["loss"])
-    assert ("object_loss" in alone) == bool(fields)
+    assert alone["object_loss"][0] > 0
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
         taught.params["student"],
@@ -123,17 +156,34 @@ def test_a_gate_that_never_opens_leaves_the_student_as_it_is_alone(mesh, kind, s
     )
 
 
+@pytest.mark.parametrize("kind, student", [("snli_ve", "uniter"), ("vqa", "vl_bert")])
+def test_a_shut_gate_leaves_the_task_alone_in_the_loss(mesh, kind, student):
+    metrics = measured(mesh, kind, student, **SHUT)
+    total, count = metrics["task_loss"]
+    assert metrics["tokens_gate"] == (0.0, SIZE) and metrics["tokens_loss"] == (0.0, SIZE)
+    assert count == SIZE and metrics["loss"][0] == pytest.approx(total / count)
+
+
+def test_a_student_starts_the_same_with_and_without_a_teacher(mesh):
+    def first(**fields):
+        stage = build_stage(plain(config(**fields)), "stage", mesh, VOCAB)
+        return jax.jit(lambda key: jax.tree.leaves(stage.init(key)[0]["student"])[-1])(jax.random.key(0))
+
+    taught = first(terms=CLIP_TD)
+    assert np.ptp(taught) > 0
+    np.testing.assert_array_equal(taught, first())
+
+
 def test_what_is_distilled_on_the_right_choice_needs_its_label(mesh):
     terms = {"language": {"weight": 1.0, "choices": "correct"}}
-    metrics, _, _ = run(mesh, terms=terms, gate={"choices": "correct", "temperature": 1e6})
+    metrics = measured(mesh, terms=terms, gate={"choices": "correct", "temperature": 1e6})
     assert metrics["language_gate"] == (SIZE / 2, SIZE)
 
 
-def test_one_pass_without_noise_is_the_plain_step(mesh):
-    fields = dict(terms=CLIP_TD, gate=OPEN)
-    plain, state, _ = run(mesh, **fields)
+def test_one_pass_without_noise_is_the_plain_step(mesh, distilled):
+    plain, state = distilled
     noise = dict(word_step=0.01, region_step=0.01, steps=1)
-    villa, same, _ = run(mesh, **fields, adversarial=noise)
+    villa, same = run(mesh, terms=CLIP_TD, gate=OPEN, adversarial=noise)
     assert villa["divergence"] == pytest.approx((0.0, SIZE / 2), abs=1e-6)
     for name, pair in plain.items():
         assert villa[name] == pytest.approx(pair, rel=1e-5, abs=1e-6)
@@ -141,19 +191,41 @@ def test_one_pass_without_noise_is_the_plain_step(mesh):
 
 
 def test_noise_moves_the_answers(mesh):
-    metrics, _, _ = run(mesh, terms=NAIVE, adversarial=dict(preset="vcr_base", word_step=0.5))
+    terms = {"vision": {"weight": 0.05}}
+    metrics = measured(mesh, terms=terms, adversarial=dict(preset="vcr_base", word_step=0.5))
     passes = 3
     assert metrics["task_loss"][1] == passes * SIZE / 2  # each pass is counted
+    assert metrics["vision_loss"][1] == passes * SIZE
     assert metrics["divergence"][0] > 1e-3
 
 
-@pytest.mark.parametrize("task", ["mlm", "mrfr", "mrckl", "itm"])
-def test_adaptive_finetuning_learns_the_drawn_task_and_distils(mesh, task):
-    metrics, _, _ = run(mesh, terms=NAIVE, pretraining={"ratios": {task: 1}})
-    assert 0 < metrics[f"{task}_loss"][1] <= SIZE / 2  # the right answer of those that have one
-    assert metrics["task_loss"] == pytest.approx(metrics[f"{task}_loss"])
-    assert 0 < metrics["vision_loss"][1] <= SIZE / 2 and metrics["vision_loss"][0] > 0
-    assert metrics["vision_loss"][1] == SIZE / 2 or task == "itm"  # not of another example's image
+def test_adaptive_finetuning_learns_the_drawn_task_and_distils(mesh):
+    tasks = ("mlm", "mrfr", "mrckl", "itm")
+    stage, state, frozen, batch = built(mesh, terms=NAIVE, pretraining={"ratios": dict.fromkeys(tasks, 1)})
+    seen = set()
+    with jax.set_mesh(mesh):
+        for step in range(40):  # what is drawn depends on the step alone
+            _, metrics = stage.step(state.replace(step=np.int32(step)), frozen, batch)
+            metrics = floats(metrics)
+            (task,) = (task for task in tasks if metrics[f"{task}_loss"][1])
+            assert metrics[f"{task}_loss"][1] <= SIZE / 2  # the right answer of those that have one
+            assert metrics["task_loss"] == pytest.approx(metrics[f"{task}_loss"])
+            assert 0 < metrics["vision_loss"][1] <= SIZE / 2 and metrics["vision_loss"][0] > 0
+            # Not of another example's image.
+            assert metrics["vision_loss"][1] == SIZE / 2 or task == "itm"
+            assert not metrics["nonfinite"][0] and metrics["grad_norm"][0] > 0
+            seen.add(task)
+            if seen == set(tasks):
+                return
+    pytest.fail(f"only {seen} were drawn")
+
+
+@pytest.mark.parametrize("task", ["itm", "mrckl"])
+def test_a_task_needs_no_head_but_its_own(mesh, task):
+    stage, *given = built(mesh, terms=NAIVE, pretraining={"ratios": {task: 1}})
+    with jax.set_mesh(mesh):
+        metrics = jax.eval_shape(stage.step, *given)[1]
+    assert f"{task}_loss" in metrics and "mlm_loss" not in metrics
 
 
 def test_the_right_choice_alone():

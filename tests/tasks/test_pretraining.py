@@ -6,18 +6,16 @@ import numpy as np
 import pytest
 
 from clipdistill_jax.distill.objective import mean_of_valid
-from clipdistill_jax.tasks.pretraining import (
-    Corrupted,
-    Pretraining,
-    corrupt,
-    masked_word_loss,
-    matching_loss,
-    pretraining_loss,
-    region_class_loss,
-    region_divergence,
-    region_feature_loss,
-)
+from clipdistill_jax.tasks import pretraining
+from clipdistill_jax.tasks.pretraining import Corrupted, Pretraining, corrupt, pretraining_loss
 from clipdistill_jax.tasks.transport import transport_distance
+
+# A program each, not one for every operation.
+masked_word_loss = jax.jit(pretraining.masked_word_loss, static_argnames="average")
+region_feature_loss = jax.jit(pretraining.region_feature_loss, static_argnames="average")
+region_class_loss = jax.jit(pretraining.region_class_loss, static_argnames="average")
+region_divergence = jax.jit(pretraining.region_divergence, static_argnames=("average", "kl_mean"))
+matching_loss = jax.jit(pretraining.matching_loss, static_argnames="transport_weight")
 
 B, T, R, C, V, K, D = 6, 7, 5, 4, 20, 8, 3
 RATIOS = {"mlm": 2, "itm": 1, "mrfr": 1, "mrc": 1, "mrckl": 1}
@@ -47,7 +45,7 @@ def arrays(seed=0):
 
 def as_jax(x):
     x = np.asarray(x)
-    return jnp.asarray(x, {"f": jnp.float32, "i": jnp.int32, "b": bool}[x.dtype.kind])
+    return jax.device_put(x.astype({"f": np.float32, "i": np.int32, "b": bool}[x.dtype.kind]))
 
 
 def log_softmax(x):
@@ -97,31 +95,31 @@ def test_losses_are_means_over_what_is_hidden(name):
     expected = [values[b][chosen[b]].mean() if chosen[b].any() else 0.0 for b in range(B)]
     np.testing.assert_allclose(loss, expected, rtol=2e-5, atol=1e-6)
     # "places": the objective's mean over examples is UNITER's mean over all hidden places of the batch.
-    total, count = mean_of_valid(*loss_of(name, data, "places"))
+    total, count = jax.jit(mean_of_valid)(*loss_of(name, data, "places"))
     np.testing.assert_allclose(total / count, values[chosen].mean(), rtol=2e-5)
 
 
 def test_the_background_is_no_target():
-    probs = jnp.array([[[0.9, 0.02, 0.08]]])
-    logits = jnp.log(jnp.array([[[0.5, 0.25, 0.25]]]))
-    loss, _, found = region_class_loss(logits, probs, jnp.ones((1, 1), bool))
+    probs = as_jax([[[0.9, 0.02, 0.08]]])
+    logits = as_jax(np.log([[[0.5, 0.25, 0.25]]]))
+    loss, _, found = region_class_loss(logits, probs, np.ones((1, 1), bool))
     np.testing.assert_allclose(loss, np.log(4), rtol=1e-5)
     assert float(found[0]) == 0.0
 
 
 def test_divergence_by_hand():
     # KL((1/2, 1/2, 0) || (1/4, 1/4, 1/2)) = ln 2.
-    probs, logits = jnp.array([[[0.5, 0.5, 0.0]]]), jnp.log(jnp.array([[[0.25, 0.25, 0.5]]]))
-    chosen = jnp.ones((1, 1), bool)
+    probs, logits = as_jax([[[0.5, 0.5, 0.0]]]), as_jax(np.log([[[0.25, 0.25, 0.5]]]))
+    chosen = np.ones((1, 1), bool)
     found, _ = region_divergence(logits, probs, chosen, kl_mean="places")
     np.testing.assert_allclose(found, np.log(2), rtol=1e-5)
     np.testing.assert_allclose(region_divergence(logits, probs, chosen)[0], np.log(2) / 3, rtol=1e-5)
 
 
 def test_accuracy_is_the_share_of_hidden_words_found():
-    logits = jnp.zeros((1, 3, 4)).at[0, jnp.arange(3), jnp.array([1, 2, 3])].set(5.0)
-    chosen = jnp.array([[True, True, False]])
-    assert float(masked_word_loss(logits, jnp.array([[1, 0, 3]]), chosen)[2][0]) == 0.5
+    logits = as_jax(5.0 * np.eye(4)[None, 1:])
+    chosen = np.array([[True, True, False]])
+    assert float(masked_word_loss(logits, as_jax([[1, 0, 3]]), chosen)[2][0]) == 0.5
 
 
 def test_matching_is_uniter_s_sum():
@@ -246,7 +244,7 @@ def test_the_drawn_task_s_loss_and_metrics():
         np.testing.assert_array_equal(valid, COUNTS)
         if name == "itm":
             logits, *states = heads(x)["itm"]()
-            expected, right = matching_loss(logits, made.matched, transport_distance(*states))
+            expected, right = matching_loss(logits, made.matched, jax.jit(transport_distance)(*states))
             np.testing.assert_allclose(loss[valid], expected[valid], rtol=1e-5)
             np.testing.assert_array_equal(metrics["itm_accuracy"][0][valid], right[valid])
         else:

@@ -124,7 +124,7 @@ def test_rows_hold_what_their_ids_say(opened, name):
 def test_starting_at_a_step_is_skipping_to_it(opened):
     options = {"batch_size": 5, "seed": 7, **EVERYTHING}
     from_zero = take(opened["vcr"].batches(0, **options), 12)
-    for start in (1, 5, 11):
+    for start in (5, 11):
         again = take(opened["vcr"].batches(start, **options), 12 - start)
         assert all(same(a, b) for a, b in zip(from_zero[start:], again, strict=True))
     (other,) = take(opened["vcr"].batches(0, **(options | {"seed": 8})), 1)
@@ -136,14 +136,11 @@ def test_starting_at_a_step_is_skipping_to_it(opened):
 
 
 def test_hosts_take_parts_of_the_same_batches(opened):
-    for name in ("vcr", "vqa"):
-        options = {"batch_size": 4, "seed": 3, **EVERYTHING}
-        whole = take(opened[name].batches(2, **options), 4)
-        parts = [
-            take(opened[name].batches(2, process_index=p, process_count=2, **options), 4) for p in range(2)
-        ]
-        for step, expected in enumerate(whole):
-            assert same({k: np.concatenate([p[step][k] for p in parts]) for k in expected}, expected)
+    data, options = opened["vcr"], {"batch_size": 4, "seed": 3, **EVERYTHING}
+    whole = take(data.batches(2, **options), 4)
+    parts = [take(data.batches(2, process_index=p, process_count=2, **options), 4) for p in range(2)]
+    for step, expected in enumerate(whole):
+        assert same({k: np.concatenate([p[step][k] for p in parts]) for k in expected}, expected)
 
 
 @pytest.mark.parametrize(("name", "split"), [("vcr", "validation"), ("vcr", "test"), ("vqa", "test")])
@@ -162,10 +159,12 @@ def test_evaluation_has_every_item_once(opened, name, split):
     if name == "vqa":
         assert not np.concatenate([b["targets"] for b in batches]).any()
     assert all(b["token_mask"].any(-1).all() and b["region_mask"].any(-1).all() for b in batches)
-    parts = [list(data.eval_batches(split, batch_size=8, process_index=p, process_count=2)) for p in range(2)]
+    parts = [
+        list(data.eval_batches(split, batch_size=8, process_index=p, process_count=2, **EVERYTHING))
+        for p in range(2)
+    ]
     assert {len(p) for p in parts} == {len(batches)}
-    whole = list(data.eval_batches(split, batch_size=8))
-    for step, expected in enumerate(whole):
+    for step, expected in enumerate(batches):
         assert same({k: np.concatenate([p[step][k] for p in parts]) for k in expected}, expected)
     shapes = {b["tokens"].shape[2:] + b["region_mask"].shape[1:] for b in batches}
     assert shapes <= set(data.shapes(split))
