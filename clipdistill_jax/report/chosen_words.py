@@ -13,7 +13,7 @@ from clipdistill_jax.report.tokens import WordScores, score_words, write_words
 from clipdistill_jax.train import sharding
 
 EXAMPLES = 4
-_FIELDS = ("image", "words", "word_mask", "importance", "label")
+_FIELDS = ("image", "words", "word_mask", "importance")
 
 
 def note_words(
@@ -38,16 +38,22 @@ def note_words(
         taught = sharding.fetch({name: getattr(features, name) for name in _FIELDS})
     if jax.process_index() == 0:
         own = stage.system.own(batch, stage.config)
-        write_words(path, _scores(taught, batch["example_id"], np.asarray(own["word_ids"]), dataset, term))
+        write_words(path, _scores(taught, batch, np.asarray(own["word_ids"]), dataset, term))
 
 
 def _scores(
-    taught: Mapping[str, np.ndarray], ids: np.ndarray, student: np.ndarray, dataset: Any, term: TokenKD
+    taught: Mapping[str, np.ndarray],
+    batch: Mapping[str, np.ndarray],
+    student: np.ndarray,
+    dataset: Any,
+    term: TokenKD,
 ) -> dict[str, WordScores]:
-    said, found = dataset.choice_words(set(ids.tolist())), {}
-    for row, example in enumerate(ids.tolist()):
+    ids = batch["example_id"].tolist()
+    said, found = dataset.choice_words(set(ids)), {}
+    for row, example in enumerate(ids):
         name, choices = said[example]
-        choice = max(int(taught["label"][row]), 0)
+        # The right one, where the label is that of a choice: SNLI-VE's is none of its one text.
+        choice = max(int(batch["label"][row]), 0) if len(choices) > 1 else 0
         place = min(choice, len(student[row]) - 1)  # pretraining has the right choice alone
         mask = np.asarray(taught["word_mask"][row, place]).copy()
         mask &= np.isin(np.arange(len(mask)), student[row, place])
