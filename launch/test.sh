@@ -6,4 +6,4 @@ export JAX_PLATFORMS=cpu
 ruff check .
 ruff format --check .
 mypy
-python -m pytest -n "${WORKERS:-2}" --dist loadfile -rs "$@"
+python -m pytest -n "${WORKERS:-2}" --dist loadfile --no-loadscope-reorder -rs "$@"

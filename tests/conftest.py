@@ -37,6 +37,11 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 SAMPLES = Path(__file__).parents[2] / "shared" / "data"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of whole commands, at the top, come first: none is left to one worker at the end."""
+    items.sort(key=lambda item: len(item.path.parts))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder of small real samples (photos, clips, vocabularies); tests skip where it is absent."""

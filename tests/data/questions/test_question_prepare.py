@@ -174,7 +174,7 @@ def test_what_is_missing_is_an_error_or_listed(copy, kind):
     with pytest.raises(FormatError) as error:
         prepare("vcr", tree, out, clip_text="")
     assert all(name in str(error.value) for name in names)
-    manifest = prepare("vcr", tree, out, clip_text="", allow_missing=True)
+    manifest = prepare("vcr", tree, out, clip_text="", allow_missing=True, workers=2)
     assert manifest["splits"]["train"] == {"listed": 12, "questions": 10, "items": 20, "images": 5}
     assert manifest["counts"][kind] == len(manifest["skipped"]) == (2 if kind == "missing_image" else 1)
     skipped = manifest["skipped"][0]

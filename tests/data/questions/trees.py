@@ -18,7 +18,7 @@ OBJECTS = ["person", "person", "car"]
 VCR = {"train": 12, "validation": 6, "test": 4}  # records, two an image
 VE = {"train": 12, "validation": 6, "test": 3}  # pairs, three an image
 VQA = {"train": 12, "validation": 4, "test": 4}  # questions, two an image
-SIZES = {"region_width": WIDTH, "max_regions": 5, "stored_size": 24, "workers": 2, "progress": False}
+SIZES = {"region_width": WIDTH, "max_regions": 5, "stored_size": 24, "workers": 1, "progress": False}
 WORDS = ["tall", "small", "red", "quick", "lazy", "old", "new", "wet"]
 TEXTS = [
     "Why is person near car ? What are they doing and where will it go ?",
