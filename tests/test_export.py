@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-import torch
 from transformers import CLIPModel, PreTrainedTokenizerFast
 
 from clipdistill_jax import export
@@ -147,6 +146,7 @@ def test_a_clip_is_exported_as_hugging_faces(tmp_path, capsys):
     jax.tree.map(np.testing.assert_array_equal, read_source(str(out), ())["params"], variables["params"])
     tokenizer = Tokenizer.from_dir(out)
     tokens = tokenizer.encode(SAID, 8)
+    torch = pytest.importorskip("torch", reason="parity with transformers' torch models")
     theirs = CLIPModel.from_pretrained(out).eval()
     assert theirs.config.text_config.eos_token_id == tokenizer.eot_id
     pixels = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)

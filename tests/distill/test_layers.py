@@ -4,8 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
 
 from clipdistill_jax.distill.layers import (
     choose_layers,
@@ -35,6 +33,8 @@ def test_pairs_are_spread_evenly():
 
 @pytest.mark.parametrize("side", [7, 6, 3, 1])
 def test_coarser_grids_are_torchs_adaptive_average(side):
+    torch = pytest.importorskip("torch", reason="parity with torch's resizing")
+    F = torch.nn.functional
     x = np.random.default_rng(0).normal(size=(2, 1, 8, 7, 3)).astype(np.float32)
     expected = F.adaptive_avg_pool2d(torch.from_numpy(x[:, 0]).permute(0, 3, 1, 2), side).permute(0, 2, 3, 1)
     ours = jit(to_grid, static_argnums=(1, 2))(x, side, side)
@@ -42,6 +42,8 @@ def test_coarser_grids_are_torchs_adaptive_average(side):
 
 
 def test_finer_grids_are_torchs_bilinear_interpolation():
+    torch = pytest.importorskip("torch", reason="parity with torch's resizing")
+    F = torch.nn.functional
     x = np.random.default_rng(0).normal(size=(2, 1, 3, 2, 3)).astype(np.float32)
     expected = F.interpolate(torch.from_numpy(x[:, 0]).permute(0, 3, 1, 2), (7, 4), mode="bilinear")
     ours = to_grid(jnp.asarray(x), 7, 4)[:, 0]
