@@ -1,14 +1,13 @@
-"""Compiles a stage's training step ahead, for this machine or for a TPU slice that is not there.
+"""Compiles a stage's training step ahead, for this machine or for TPUs and GPUs that are not there.
 
     python -m clipdistill_jax.compile --config=configs/quickstart.py --topology=v5e:4x4
 
 Prints what the step needs: memory, FLOPs, bytes, collectives, and the compiler's own estimate of its time.
-A TPU slice needs the libtpu wheel (pip install 'clipdistill_jax[tpu]') and no TPU.
+A TPU slice such as v5e:4x4 needs the libtpu wheel (pip install 'clipdistill_jax[tpu]') and no TPU; GPUs such
+as h100:1 need JAX's CUDA plugin (pip install 'clipdistill_jax[cuda]') and no GPU.
 """
 
-import importlib.util
 import math
-import os
 import re
 import sys
 import time
@@ -16,43 +15,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clipdistill_jax import commands
+from clipdistill_jax.topology import LOCAL, compiler_options, memory_limit, topology_devices, without_a_device
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-LOCAL = "local"
-
-
-def without_a_tpu() -> None:
-    """Keeps JAX on the CPU and libtpu from looking around for a TPU. Call before JAX is imported."""
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is taken, so nothing needs the lock
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # or it complains that it cannot find out
-
-
-def topology_devices(topology: str) -> Sequence[Any]:
-    """The devices of a TPU slice such as "v5e:4x4", abstract; or, for "local", this machine's.
-
-    Raises:
-      ModuleNotFoundError: libtpu is not installed.
-      ValueError: libtpu knows no such slice.
-    """
-    import jax
-    from jax.experimental import topologies
-
-    if topology == LOCAL:
-        return jax.devices()
-    if importlib.util.find_spec("libtpu") is None:
-        raise ModuleNotFoundError(
-            f"compiling for {topology} needs libtpu (and no TPU): pip install 'clipdistill_jax[tpu]'"
-        )
-    # JAX joins the two cores of a v4 chip into one device; libtpu has to be told.
-    options = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
-    try:
-        return topologies.get_topology_desc(topology, platform="tpu", **options).devices
-    except jax.errors.JaxRuntimeError as error:
-        raise ValueError(
-            f"topology {topology!r}: {error}. Slices are named like v5e:4x4, v6e:8x8, v4:2x2x4, v5p:4x4x4"
-        ) from error
 
 
 def compile_stage(config: Any, name: str, topology: str = LOCAL) -> dict[str, Any]:
@@ -61,17 +26,18 @@ def compile_stage(config: Any, name: str, topology: str = LOCAL) -> dict[str, An
     Args:
       config: of the experiment; its `mesh` is laid over the devices.
       name: of the stage.
-      topology: see `topology_devices`.
+      topology: see `topology.topology_devices`.
 
     Returns:
       json-able. Memory in bytes, `flops` and `bytes_accessed` are those of one device; all devices run the
-      same program. The compiler counts the body of a loop once, however often it runs: `loops` says how many
-      loops there are. `estimated_seconds` is None where the compiler gives no time; see `estimated_time`.
+      same program; they are None where the compiler does not count them (for GPUs that are not there). It
+      counts the body of a loop once, however often it runs: `loops` says how many loops there are.
+      `estimated_seconds` is None where the compiler gives no time; see `estimated_time`.
 
     Raises:
       ValueError: an unknown stage or topology, a mesh or a batch that does not divide over the devices, a
         step that does not fit into a device's memory.
-      ModuleNotFoundError: libtpu is not installed.
+      ModuleNotFoundError: the compiler is not installed.
     """
     import jax
 
@@ -85,15 +51,15 @@ def compile_stage(config: Any, name: str, topology: str = LOCAL) -> dict[str, An
     start = time.perf_counter()
     try:
         with jax.set_mesh(mesh):
-            compiled = stage.step.lower(stage.template, stage.frozen, batch).compile()
+            lowered = stage.step.lower(stage.template, stage.frozen, batch)
+            compiled = lowered.compile(compiler_options(topology))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         said = "\n".join(str(error).splitlines()[:3])
-        raise ValueError(
-            f"stage {name!r} does not fit into the memory of {topology}; use more chips, a smaller "
-            f"batch_size, more chunks, remat or the fsdp axis. The compiler says: {said}"
-        ) from error
+        raise ValueError(f"{_too_large(name, topology)}. The compiler says: {said}") from error
+    needs = describe(compiled)
+    check_memory(name, topology, needs["memory"]["total"])
     return {
         "stage": name,
         "topology": topology,
@@ -105,10 +71,25 @@ def compile_stage(config: Any, name: str, topology: str = LOCAL) -> dict[str, An
         "mesh": dict(mesh.shape),
         "batch_size": stage.config["batch_size"],
         "seconds_to_compile": time.perf_counter() - start,
-        **describe(compiled),
+        **needs,
         "versions": commands.versions(),
         "config": plain(config),
     }
+
+
+def check_memory(name: str, topology: str, total: int) -> None:
+    """Raises ValueError where a step needs more bytes of a device than it has; libtpu sees to that itself."""
+    limit = memory_limit(topology)
+    if limit is not None and total > limit:
+        takes = f"it takes {commands.amount(total, 'B')} of {commands.amount(limit, 'B')}"
+        raise ValueError(f"{_too_large(name, topology)}: {takes}")
+
+
+def _too_large(name: str, topology: str) -> str:
+    return (
+        f"stage {name!r} does not fit into the memory of {topology}; use more chips, a smaller batch_size, "
+        "more chunks, remat or the fsdp axis"
+    )
 
 
 def abstract_batch(config: Any, stage: Any, mesh: Any) -> dict[str, Any]:
@@ -136,7 +117,8 @@ def abstract_batch(config: Any, stage: Any, mesh: Any) -> dict[str, Any]:
 
 def describe(compiled: Any) -> dict[str, Any]:
     """Memory, cost and collectives of a compiled program; of one device, as XLA divided it."""
-    memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    cost = compiled.cost_analysis() or {}
     parts = {
         "arguments": memory.argument_size_in_bytes,
         "outputs": memory.output_size_in_bytes,
@@ -148,8 +130,8 @@ def describe(compiled: Any) -> dict[str, Any]:
     seconds, unknown = estimated_time(cost)
     return {
         "memory": {**parts, "total": sum(parts.values()) - 2 * parts["aliases"]},
-        "flops": cost["flops"],
-        "bytes_accessed": cost["bytes accessed"],
+        "flops": cost.get("flops"),
+        "bytes_accessed": cost.get("bytes accessed"),
         "loops": len(re.findall(r"\swhile\(", text)),
         "collectives": count_collectives(text),
         "estimated_seconds": seconds,
@@ -193,6 +175,10 @@ def say(report: Mapping[str, Any]) -> str:
     mesh = " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items())
     once = f" (each of {report['loops']} loops counted once)" if report["loops"] else ""
     kinds = [f"{kind} {count}" for kind, count in report["collectives"].items() if count]
+
+    def counted(name: str, unit: str) -> str:
+        return "not counted" if report[name] is None else commands.amount(report[name], unit) + once
+
     estimate = "none given by this backend's compiler"
     if report["estimated_seconds"] is not None:
         estimate = f"{1000 * report['estimated_seconds']:.4g} ms a step, a lower bound"
@@ -203,8 +189,8 @@ def say(report: Mapping[str, Any]) -> str:
         ("batch", f"{report['batch_size']} clips, {report['batch_size'] * _share(report):g} {a}"),
         (f"memory {a}", f"{commands.amount(memory['total'], 'B')}"),
         *((f"  {part}", commands.amount(memory[part], "B")) for part in memory if part != "total"),
-        (f"FLOPs {a}", commands.amount(report["flops"], "FLOP") + once),
-        (f"bytes {a}", commands.amount(report["bytes_accessed"], "B") + once),
+        (f"FLOPs {a}", counted("flops", "FLOP")),
+        (f"bytes {a}", counted("bytes_accessed", "B")),
         ("collectives", ", ".join(kinds) or "none"),
         ("compiler's estimate", estimate),
     ]
@@ -222,10 +208,10 @@ def _share(report: Mapping[str, Any]) -> float:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = commands.parser("clipdistill_jax.compile", __doc__)
-    parser.add_argument("--topology", default=LOCAL, help="a TPU slice such as v5e:4x4, or local")
+    parser.add_argument("--topology", default=LOCAL, help="v5e:4x4, h100:1 or such, or local")
     args, overrides = parser.parse_known_args(argv)
     if args.topology != LOCAL:
-        without_a_tpu()
+        without_a_device()
 
     def work() -> str:
         config = commands.read_config(args.config, overrides)

@@ -1,4 +1,4 @@
-"""Compiling ahead: for this machine with its eight devices, and for a TPU slice in a process of its own."""
+"""Compiling ahead: for this machine with its eight devices, and for others in a process of its own."""
 
 import importlib.util
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from clipdistill_jax import commands, compile
+from clipdistill_jax import commands, compile, topology
 
 CONFIG = Path(__file__).with_name("tiny_config.py")
 
@@ -84,10 +84,24 @@ def test_config_file_that_is_not_there(capsys):
     assert "no_such_config.py" in capsys.readouterr().err
 
 
-def test_without_libtpu(monkeypatch):
+@pytest.mark.parametrize("name, extra", [("v5e:4x4", "tpu"), ("h100:1", "cuda")])
+def test_without_the_compiler(monkeypatch, name, extra):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'clipdistill_jax\[tpu\]'"):
-        compile.topology_devices("v5e:4x4")
+    with pytest.raises(ModuleNotFoundError, match=rf"pip install 'clipdistill_jax\[{extra}\]'"):
+        topology.topology_devices(name)
+
+
+@pytest.mark.parametrize("name", ["h100", "h100:0", "h100:2x4"])
+def test_unknown_number_of_gpus(name):
+    with pytest.raises(ValueError, match=f"'{name}': GPUs of one host are named like h100:8"):
+        topology.topology_devices(name)
+
+
+def test_step_too_large_for_a_gpu():
+    compile.check_memory("alone", "h100:1", 80_000_000_000)
+    compile.check_memory("alone", "v5e:4x4", 10**12)  # libtpu has seen to it
+    with pytest.raises(ValueError, match=r"'alone' does not fit .* h100:1.*: it takes 90 GB of 85.52 GB"):
+        compile.check_memory("alone", "h100:1", 90_000_000_000)
 
 
 def test_collectives_count_once_a_channel():
@@ -111,22 +125,21 @@ def test_operations_without_an_estimate():
     assert (seconds, unknown) == (0.25, 3)
 
 
-@pytest.fixture
-def slice_command():
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed: pip install 'clipdistill_jax[tpu]'")
+def compile_for(name, *arguments):
+    """The command for a topology, as a process."""
+    packages = ("jax_cuda12_plugin", "jax_cuda13_plugin") if topology.is_gpu(name) else ("libtpu",)
+    if not any(importlib.util.find_spec(package) for package in packages):
+        pytest.skip(f"none of {', '.join(packages)} is installed")
+    command = [sys.executable, "-m", "clipdistill_jax.compile", f"--config={CONFIG}", f"--topology={name}"]
+    env = {**os.environ, "XLA_FLAGS": ""}  # libtpu refuses flags for a CPU
+    return subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, cwd=CONFIG.parents[1], env=env
+    )
 
-    def run(*arguments):
-        command = [sys.executable, "-m", "clipdistill_jax.compile", f"--config={CONFIG}", *arguments]
-        env = {**os.environ, "XLA_FLAGS": ""}  # libtpu refuses flags for a CPU
-        return subprocess.run(command, capture_output=True, text=True, cwd=CONFIG.parents[1], env=env)
 
-    return run
-
-
-def test_tpu_slice(slice_command, tmp_path):
+def test_tpu_slice(tmp_path):
     file = tmp_path / "report.json"
-    done = slice_command("--topology=v5e:2x2", "--stage=alone", f"--json={file}")
+    done = compile_for("v5e:2x2", "--stage=alone", f"--json={file}")
     assert done.returncode == 0, done.stderr
     report = json.loads(file.read_text())
     assert report["device"] == {"kind": "TPU v5 lite", "count": 4, "chips": 4}
@@ -136,7 +149,17 @@ def test_tpu_slice(slice_command, tmp_path):
     assert "2 a chip" in done.stdout and "ms a step" in done.stdout
 
 
-def test_unknown_slice(slice_command):
-    done = slice_command("--topology=v5e:5x7", "--stage=alone")
+def test_gpus(tmp_path):
+    file = tmp_path / "report.json"
+    done = compile_for("h100:2", "--stage=alone", f"--json={file}")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(file.read_text())
+    assert report["device"] == {"kind": "NVIDIA H100 80GB HBM3", "count": 2, "chips": 2}
+    assert report["collectives"]["all-reduce"] > 0 and report["memory"]["total"] > 0
+    assert report["flops"] is None and "not counted" in done.stdout
+
+
+def test_unknown_slice():
+    done = compile_for("v5e:5x7", "--stage=alone")
     assert done.returncode == 1
     assert "error: topology 'v5e:5x7'" in done.stderr and "v5e:4x4" in done.stderr
