@@ -128,12 +128,13 @@ def prepare_questions(
     if is_prepared(out):
         known = None
         if source.exists() and Path(regions).exists():
-            known = _fingerprint(read(), region_source())
+            with region_source() as found:
+                known = _fingerprint(read(), found)
         manifest = same_manifest(out, options, source, known)
         with locked(out):
             return finish(manifest)
-    listing, found = read(), region_source()
-    with locked(out):
+    listing = read()
+    with region_source() as found, locked(out):
         if is_prepared(out):  # by another process, while this one waited
             return finish(same_manifest(out, options, source, _fingerprint(listing, found)))
         images = {split: images_of(records, split, found) for split, records in listing.splits.items()}

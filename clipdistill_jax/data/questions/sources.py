@@ -30,6 +30,8 @@ _FILES = {"npz": "*.npz", "lmdb": "data.mdb", "tsv": "*.tsv", "vl_bert": "*.json
 class RegionSource:
     """All files of region features below a folder as one; keys are those of the format's reader.
 
+    To be closed, `with` does it: a process can open an LMDB once at a time.
+
     Attributes:
       fingerprint: hash of the names and sizes of the files.
     """
@@ -64,6 +66,14 @@ class RegionSource:
             name = file.relative_to(self.path) if file != self.path else file.name
             digest.update(f"{name} {file.stat().st_size}\n".encode("utf-8", "surrogateescape"))
         self.fingerprint = digest.hexdigest()
+
+    def __enter__(self) -> "RegionSource":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for part in self._parts:
+            if isinstance(part, UniterLmdb):
+                part.close()
 
     def __contains__(self, name: object) -> bool:
         return any(name in part for part in self._parts)

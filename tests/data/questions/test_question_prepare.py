@@ -121,6 +121,29 @@ def test_a_second_call_finds_it_done(copy, monkeypatch):
     assert prepare_here("vcr", tree, out) == first
 
 
+def test_a_database_gives_what_files_give(copy):
+    lmdb = pytest.importorskip("lmdb", reason="the package lmdb is not installed")
+    tree, out = copy("vcr")
+    arrays = sorted((tree / "regions").rglob("*.npz"))
+    with lmdb.open(str(tree / "database"), map_size=2**24) as env, env.begin(write=True) as transaction:
+        for path in arrays:
+            transaction.put(path.name.encode(), path.read_bytes())
+        transaction.put(b"__keys__", json.dumps([path.name for path in arrays]).encode())
+    database = dict(regions=tree / "database", region_format="lmdb", clip_text="")
+    prepare("vcr", tree, out, **database)
+    assert (
+        prepare("vcr", tree, out, **database)["splits"]["train"]["questions"] == VCR["train"]
+    )  # done already
+    prepare("vcr", tree, out.with_name("of_files"), clip_text="")
+    assert _files(out) == _files(out.with_name("of_files"))
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    """What a prepared folder holds, but for where it is from."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
 def test_after_a_stop_it_begins_anew(copy, monkeypatch):
     tree, out = copy("snli_ve")
 
