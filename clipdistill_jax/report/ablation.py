@@ -140,16 +140,32 @@ def summary(scores: Scores) -> list[str]:
         for claim in judged:
             low, high = (scores[name][metric].values for name in (claim.lower, claim.higher))
             by[judge(low, high)[0]].append(f"{claim.lower} < {claim.higher}")
-        counts = [f"{len(found)} {verdict}" for verdict, found in by.items()]
-        named = f" Reversed: {', '.join(by[REVERSED])}." if by[REVERSED] else ""
-        lines.append(f"{heading}: of {len(judged)} orderings of the poster {', '.join(counts)}.{named}")
-    lines.append(
-        "An ordering holds where the means differ as the poster's do by more than one pooled standard error, "
-        "and is reversed where they differ the other way by more than that. One standard error is a low bar: "
-        "with three seeds more than a third of the pairs that do not differ pass it, one way or the other. "
+        lines.append(f"{heading}: {tally(by, 'poster')}")
+    once = (
         "The teacher is trained once, so its own deviation is not known; the data is the same for all seeds."
     )
-    return lines
+    return [*lines, f"{what_holds('poster')} {once}"]
+
+
+def tally(by: Mapping[str, Sequence[str]], source: str) -> str:
+    """How many orderings of a source have each verdict; `by`: verdict -> the orderings in words."""
+    holding, untold, reversed_ = (len(by[verdict]) for verdict in (HOLDS, UNTOLD, REVERSED))
+    named = f": {', '.join(by[REVERSED])}" if reversed_ else ""
+    return (
+        f"of the {source}'s {holding + untold + reversed_} orderings {holding} hold{'s' * (holding == 1)}, "
+        f"{untold} {'is' if untold == 1 else 'are'} not told apart, "
+        f"{reversed_} {'is' if reversed_ == 1 else 'are'} reversed{named}."
+    )
+
+
+def what_holds(source: str) -> str:
+    """What the verdicts mean, of orderings that a source claims."""
+    return (
+        f"An ordering holds where the means differ as the {source}'s do by more than one pooled standard "
+        "error, and is reversed where they differ the other way by more than that. One standard error is a "
+        "low bar: with three seeds more than a third of the pairs that do not differ pass it, one way or the "
+        "other."
+    )
 
 
 def report(workdir: Path) -> tuple[list[Table], list[str]]:

@@ -20,6 +20,8 @@ from clipdistill_jax.report.ablation import (
     judge,
     markdown_table,
     rich_table,
+    tally,
+    what_holds,
 )
 from clipdistill_jax.report.answers import OVERALL
 from clipdistill_jax.report.paper_tables import PaperTable
@@ -130,16 +132,9 @@ def summary(scores: Scores, table: PaperTable, column: str) -> list[str]:
             verdict: [row[0] for row in judged if row[place].startswith(verdict)]
             for verdict in (HOLDS, UNTOLD, REVERSED)
         }
-        counts = ", ".join(f"{len(found)} {verdict}" for verdict, found in by.items())
-        named = f" Reversed: {', '.join(by[REVERSED])}." if by[REVERSED] else ""
-        lines.append(f"{heading}: of {len(judged)} orderings of the paper {counts}.{named}")
-    lines.append(
-        "An ordering holds where the means differ as the paper's do by more than one pooled standard error, "
-        "and is reversed where they differ the other way by more than that. One standard error is a low bar: "
-        "with three seeds more than a third of the pairs that do not differ pass it, one way or the other. "
-        "The paper gives one number a method, so its own deviation is not known."
-    )
-    return lines
+        lines.append(f"{heading}: {tally(by, 'paper')}")
+    once = "The paper gives one number a method, so its own deviation is not known."
+    return [*lines, f"{what_holds('paper')} {once}"]
 
 
 def report(workdir: Path, name: str) -> tuple[list[Table], list[str]]:

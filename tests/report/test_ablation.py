@@ -129,7 +129,7 @@ def test_orderings_are_judged_where_both_rows_ran(swept):
 def test_the_command_says_it_plainly(swept, capsys):
     assert main(["ablation", f"--workdir={swept}", f"--json={swept / 'out.json'}"]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "of 2 orderings of the poster 1 holds, 0 not told apart, 1 reversed. Reversed: T < T_S." in said
+    assert "of the poster's 2 orderings 1 holds, 0 are not told apart, 1 is reversed: T < T_S." in said
     assert "T_S_TAB, seed 1 failed" in said
     numbers = json.loads((swept / "out.json").read_text())
     assert numbers["rows"]["alone"]["t2v_R@1"] == [1.0, 1.2, 1.1]
