@@ -110,11 +110,11 @@ def parse(argument: str, **options: tuple[str, ...]) -> Run:
     return Run(student, method, 0 if shots == "full" else int(shots), semi, patch, chosen)
 
 
-def terms(method: Method) -> dict[str, dict[str, Any]]:
-    """The terms of a method."""
+def terms(method: Method, weight: float = WEIGHT) -> dict[str, dict[str, Any]]:
+    """The terms of a method, each with that weight."""
     made: dict[str, dict[str, Any]] = {
         # All choices are better than the right one alone [P, 9.2]; "l1" sums over the width, as in eq. 3.
-        name: dict(weight=WEIGHT, distance="l1", choices="all")
+        name: dict(weight=weight, distance="l1", choices="all")
         for name in method.terms
     }
     if "tokens" in made:
