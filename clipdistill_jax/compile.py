@@ -70,6 +70,7 @@ def compile_stage(config: Any, name: str, topology: str = LOCAL) -> dict[str, An
         },
         "mesh": dict(mesh.shape),
         "batch_size": stage.config["batch_size"],
+        "unit": stage.system.unit,
         "seconds_to_compile": time.perf_counter() - start,
         **needs,
         "versions": commands.versions(),
@@ -186,7 +187,7 @@ def say(report: Mapping[str, Any]) -> str:
             estimate += f"; without {report['not_estimated']} operations that it gives no time for"
     rows = [
         ("devices", f"{device['count']} x {device['kind']} on {device['chips']} chips ({mesh})"),
-        ("batch", f"{report['batch_size']} clips, {report['batch_size'] * _share(report):g} {a}"),
+        ("batch", f"{report['batch_size']} {report['unit']}, {report['batch_size'] * _share(report):g} {a}"),
         (f"memory {a}", f"{commands.amount(memory['total'], 'B')}"),
         *((f"  {part}", commands.amount(memory[part], "B")) for part in memory if part != "total"),
         (f"FLOPs {a}", counted("flops", "FLOP")),

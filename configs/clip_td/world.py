@@ -169,7 +169,7 @@ def finetune(config: ConfigDict, method: Method, name: str, shots: int) -> Confi
         shots=shots,
         gate=dict(temperature=1.0, choices="all") if method.gated else {},
         batch_size=32,
-        steps=400,
+        steps=300,
     )
 
 
