@@ -173,6 +173,7 @@ def say(report: Mapping[str, Any]) -> str:
     """The report as a table."""
     device, memory = report["device"], report["memory"]
     a = "a chip" if device["chips"] == device["count"] and report["topology"] != LOCAL else "a device"
+    chips = f"{device['chips']} chip{'s' * (device['chips'] != 1)}"
     mesh = " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items())
     once = f" (each of {report['loops']} loops counted once)" if report["loops"] else ""
     kinds = [f"{kind} {count}" for kind, count in report["collectives"].items() if count]
@@ -186,7 +187,7 @@ def say(report: Mapping[str, Any]) -> str:
         if report["not_estimated"]:
             estimate += f"; without {report['not_estimated']} operations that it gives no time for"
     rows = [
-        ("devices", f"{device['count']} x {device['kind']} on {device['chips']} chips ({mesh})"),
+        ("devices", f"{device['count']} x {device['kind']} on {chips} ({mesh})"),
         ("batch", f"{report['batch_size']} {report['unit']}, {report['batch_size'] * _share(report):g} {a}"),
         (f"memory {a}", f"{commands.amount(memory['total'], 'B')}"),
         *((f"  {part}", commands.amount(memory[part], "B")) for part in memory if part != "total"),

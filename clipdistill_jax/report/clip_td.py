@@ -11,7 +11,6 @@ from clipdistill_jax.report import paper_tables
 from clipdistill_jax.report.ablation import (
     HOLDS,
     NONE,
-    NOT_RUN,
     REVERSED,
     UNTOLD,
     Score,
@@ -69,6 +68,8 @@ def read_methods(
     metrics = [
         metric for metric in OVERALL if all(metric in test for tests in found.values() for test in tests)
     ]
+    if len(metrics) == 2 and all(test[metrics[0]] == test[metrics[1]] for t in found.values() for test in t):
+        del metrics[0]  # questions of one kind: all of them is the same
     scores = {
         name: {m: Score(tuple(float(test[m]) for test in found[name])) for m in metrics} for name in order
     }
@@ -103,17 +104,17 @@ def score_cells(scores: Scores, table: PaperTable) -> tuple[list[str], list[list
 
 
 def ordering_cells(scores: Scores, table: PaperTable, column: str) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows of the second table: a claim of the paper a row, with a verdict for each metric."""
+    """Headings and rows of the second table: a claim of the paper a row, with a verdict for each metric.
+
+    Claims about methods that are not there are left out.
+    """
     metrics, rows = list(next(iter(scores.values()))), []
     for claim in paper_tables.ORDERINGS:
         low, high = (table.value(name, column) for name in (claim.lower, claim.higher))
-        if low is None or high is None:
+        if low is None or high is None or not {claim.lower, claim.higher} <= scores.keys():
             continue
         cells = [f"{claim.lower} < {claim.higher}", claim.claim, f"{high - low:+.2f}"]
         for metric in metrics:
-            if claim.lower not in scores or claim.higher not in scores:
-                cells.append(NOT_RUN)
-                continue
             verdict, difference, error = judge(
                 scores[claim.lower][metric].values, scores[claim.higher][metric].values
             )
@@ -125,11 +126,10 @@ def ordering_cells(scores: Scores, table: PaperTable, column: str) -> tuple[list
 def summary(scores: Scores, table: PaperTable, column: str) -> list[str]:
     """A sentence a metric: how many orderings hold, are not told apart, are reversed; and what that means."""
     headings, rows = ordering_cells(scores, table, column)
-    judged = [row for row in rows if row[-1] != NOT_RUN]
     lines = []
     for place, heading in list(enumerate(headings))[3:]:
         by = {
-            verdict: [row[0] for row in judged if row[place].startswith(verdict)]
+            verdict: [row[0] for row in rows if row[place].startswith(verdict)]
             for verdict in (HOLDS, UNTOLD, REVERSED)
         }
         lines.append(f"{heading}: {tally(by, 'paper')}")
@@ -156,7 +156,10 @@ def report(workdir: Path, name: str) -> tuple[list[Table], list[str]]:
         (f"Mean ± deviation over seeds, in percent, beside {table.title}", *score_cells(scores, table)),
         ("Orderings of the paper", *ordering_cells(scores, table, column)),
     ]
+    missing = [row.name for row in table.rows if row.name not in scores]
     lines = [*summary(scores, table, column), _said(shots, table, column), *failures]
+    if missing:
+        lines.append(f"Not run, of the paper's methods: {', '.join(missing)}.")
     written = [f"{title}\n\n{markdown_table(headings, rows)}" for title, headings, rows in parts]
     (workdir / FILE).write_text("\n\n".join([*written, *lines]) + "\n", encoding="utf-8")
     return [rich_table(*part) for part in parts], lines
