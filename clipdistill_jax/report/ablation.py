@@ -14,7 +14,8 @@ from clipdistill_jax.sweep import FAILED, ROW, SHARED
 
 # Metrics that are shown and judged -> their heading. The poster gives R@1 alone.
 METRICS = {"t2v_R@1": "t2v R@1", "v2t_R@1": "v2t R@1", "t2v_R@10": "t2v R@10", "v2t_R@10": "v2t R@10"}
-HOLDS, UNTOLD, REVERSED, NOT_RUN = "holds", "not told apart", "reversed", "not run"
+HOLDS, UNTOLD, REVERSED = "holds", "not told apart", "reversed"
+ONE_SEED, NOT_RUN = "one seed", "not run"
 NONE = "-"
 
 
@@ -89,11 +90,13 @@ def judge(lower: Sequence[float | int], higher: Sequence[float | int]) -> tuple[
     """(verdict, difference of the means, pooled standard error) of the claim that `higher` is above `lower`.
 
     "holds" where its mean is higher by more than one pooled standard error, "reversed" where it is lower by
-    more than that; else, or where no error is known, "not told apart".
+    more than that, else "not told apart"; "one seed" where both have one, so that no error is known.
     """
     difference = statistics.fmean(higher) - statistics.fmean(lower)
     error = pooled_error(lower, higher)
-    if error is None or abs(difference) <= error:
+    if error is None:
+        return ONE_SEED, difference, None
+    if abs(difference) <= error:
         return UNTOLD, difference, error
     return HOLDS if difference > 0 else REVERSED, difference, error
 
@@ -136,7 +139,7 @@ def summary(scores: Scores) -> list[str]:
     lines = []
     judged = [c for c in poster.ORDERINGS if c.lower in scores and c.higher in scores]
     for metric, heading in METRICS.items():
-        by: dict[str, list[str]] = {HOLDS: [], UNTOLD: [], REVERSED: []}
+        by: dict[str, list[str]] = {HOLDS: [], UNTOLD: [], REVERSED: [], ONE_SEED: []}
         for claim in judged:
             low, high = (scores[name][metric].values for name in (claim.lower, claim.higher))
             by[judge(low, high)[0]].append(f"{claim.lower} < {claim.higher}")
@@ -150,6 +153,8 @@ def summary(scores: Scores) -> list[str]:
 def tally(by: Mapping[str, Sequence[str]], source: str) -> str:
     """How many orderings of a source have each verdict; `by`: verdict -> the orderings in words."""
     holding, untold, reversed_ = (len(by[verdict]) for verdict in (HOLDS, UNTOLD, REVERSED))
+    if not holding + untold + reversed_:
+        return "one seed does not tell which orderings hold."
     named = f": {', '.join(by[REVERSED])}" if reversed_ else ""
     return (
         f"of the {source}'s {holding + untold + reversed_} orderings {holding} hold{'s' * (holding == 1)}, "

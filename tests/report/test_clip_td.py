@@ -7,7 +7,7 @@ import pytest
 from clipdistill_jax.report import paper_tables
 from clipdistill_jax.report.__main__ import main
 from clipdistill_jax.report.ablation import HOLDS, REVERSED
-from clipdistill_jax.report.clip_td import ordering_cells, read_methods, report, score_cells
+from clipdistill_jax.report.clip_td import ordering_cells, read_methods, report, score_cells, summary
 from tests.report import fake_questions
 
 TABLE = paper_tables.TABLES["vcr/vl_bert"]
@@ -92,6 +92,9 @@ def test_questions_of_one_kind_have_one_column(tmp_path):
         (folder / "row.json").write_text(json.dumps(said))
     scores, *_ = read_methods(tmp_path, TABLE)
     assert {name: list(found) for name, found in scores.items()} == {"baseline": ["Q->A"], "naive": ["Q->A"]}
+    _, ((*_, verdict),) = ordering_cells(scores, TABLE, "700")
+    assert verdict == "one seed (+14.0)"
+    assert summary(scores, TABLE, "700")[0] == "Q→A: one seed does not tell which orderings hold."
 
 
 def test_the_command_says_it_plainly(swept, capsys):
