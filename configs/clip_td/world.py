@@ -95,7 +95,7 @@ def with_clip(config: ConfigDict) -> ConfigDict:
         captions="one",
         batch_size=128,
         steps=600,
-        # CLIP's b2; with twice the rate, or with 0.999, colours and verbs are not learned in so few steps.
+        # b2 is CLIP's own; with twice the rate colours or verbs are not learned in so few steps.
         optimizer=dict(
             learning_rate=dict(kind="cosine", value=1e-3, warmup_fraction=0.1), weight_decay=0.1, b2=0.98
         ),
