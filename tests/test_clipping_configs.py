@@ -50,6 +50,24 @@ def test_data_sets(name):
     assert not stages.distilled.batch_size % parts
 
 
+@pytest.mark.parametrize("name", ["msvd", "lsmdc"])
+def test_step_is_that_of_msrvtt(name):
+    """What a step takes is the README's row of MSR-VTT for all three."""
+
+    def step(config):
+        settings = plain(config)
+        data = [settings["data"][field] for field in ("image_size", "num_frames", "max_tokens", "tokenizer")]
+        stages = {
+            name: [
+                stage[field] for field in ("model", "batch_size", "chunks", "terms", "cache", "num_frames")
+            ]
+            for name, stage in settings["stages"].items()
+        }
+        return settings["teacher"], settings["student"], data, stages
+
+    assert step(DATASETS[name].get_config()) == step(msrvtt.get_config())
+
+
 def test_epochs_of_msrvtt():
     config = msrvtt.get_config()
     captions = (9000 - 500) * 20
