@@ -1,9 +1,11 @@
 """Regions of made-up images, as arrays, and comparisons with them."""
 
 import base64
+import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from clipdistill_jax.data.regions import Regions
 
@@ -35,6 +37,16 @@ def uniter_arrays(n: int = 5, width: int = 8, seed: int = 0, **changes) -> dict[
 
 def b64(array: np.ndarray) -> str:
     return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
+
+
+def write_lmdb(folder: Path, values: dict[str, bytes], names: bytes | None = None) -> Path:
+    """An image database of UNITER; `names`: what it says of its keys, if not all of them."""
+    lmdb = pytest.importorskip("lmdb", reason="the package lmdb is not installed")
+    with lmdb.open(str(folder), map_size=2**24) as env, env.begin(write=True) as txn:
+        for name, value in values.items():
+            txn.put(name.encode(), value)
+        txn.put(b"__keys__", json.dumps(list(values)).encode() if names is None else names)
+    return folder
 
 
 def check_same(found: Regions, expected: dict[str, np.ndarray], **tolerance) -> None:

@@ -1,7 +1,6 @@
 """UNITER's region features: npz files and their LMDB."""
 
 import io
-import json
 import pickle
 import sys
 from pathlib import Path
@@ -21,7 +20,7 @@ from clipdistill_jax.data.regions.uniter import (
     vcr_names,
 )
 from tests.data.damage import refused
-from tests.data.regions.region_cases import HALF, SIZE, arrays, check_same, uniter_arrays
+from tests.data.regions.region_cases import HALF, SIZE, arrays, check_same, uniter_arrays, write_lmdb
 
 
 def test_npz(tmp_path):
@@ -163,15 +162,6 @@ def zipped(content: dict[str, np.ndarray]) -> bytes:
     out = io.BytesIO()
     np.savez_compressed(out, **content)
     return out.getvalue()
-
-
-def write_lmdb(folder: Path, values: dict[str, bytes], names: bytes | None = None) -> Path:
-    lmdb = pytest.importorskip("lmdb", reason="the package lmdb is not installed")
-    with lmdb.open(str(folder), map_size=2**24) as env, env.begin(write=True) as txn:
-        for name, value in values.items():
-            txn.put(name.encode(), value)
-        txn.put(b"__keys__", json.dumps(list(values)).encode() if names is None else names)
-    return folder
 
 
 def test_lmdb(tmp_path):
