@@ -57,12 +57,8 @@ def test_step_is_that_of_msrvtt(name):
     def step(config):
         settings = plain(config)
         data = [settings["data"][field] for field in ("image_size", "num_frames", "max_tokens", "tokenizer")]
-        stages = {
-            name: [
-                stage[field] for field in ("model", "batch_size", "chunks", "terms", "cache", "num_frames")
-            ]
-            for name, stage in settings["stages"].items()
-        }
+        fields = ("model", "batch_size", "chunks", "terms", "cache", "num_frames")
+        stages = {name: [stage[field] for field in fields] for name, stage in settings["stages"].items()}
         return settings["teacher"], settings["student"], data, stages
 
     assert step(DATASETS[name].get_config()) == step(msrvtt.get_config())
