@@ -74,9 +74,8 @@ def compiler_options(topology: str) -> dict[str, Any]:
 
 def memory_limit(topology: str) -> int | None:
     """Bytes of memory of one device, None where the compiler itself watches over them."""
-    if not is_gpu(topology):
-        return None
-    return GPUS[topology.partition(":")[0]]["gpu_device_info"]["device_memory_size"]
+    gpu = GPUS.get(topology.partition(":")[0])
+    return gpu["gpu_device_info"]["device_memory_size"] if gpu else None
 
 
 def _tpus(topology: str) -> Sequence[Any]:
