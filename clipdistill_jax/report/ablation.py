@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rich.table import Table
@@ -127,31 +127,33 @@ def ordering_cells(scores: Scores) -> tuple[list[str], list[list[str]]]:
             if claim.lower not in scores or claim.higher not in scores:
                 cells.append(NOT_RUN)
                 continue
-            low, high = (scores[name][metric].values for name in (claim.lower, claim.higher))
-            verdict, difference, error = judge(low, high)
-            cells.append(f"{verdict} ({difference:+.1f}" + (")" if error is None else f" ± {error:.1f})"))
+            cells.append(verdict_cell(scores[claim.lower][metric], scores[claim.higher][metric]))
         rows.append(cells)
     return ["ordering", "of", "poster t2v", *METRICS.values()], rows
 
 
 def summary(scores: Scores) -> list[str]:
     """A sentence a metric: how many orderings hold, are not told apart, are reversed; and what that means."""
-    lines = []
-    judged = [c for c in poster.ORDERINGS if c.lower in scores and c.higher in scores]
-    for metric, heading in METRICS.items():
-        by: dict[str, list[str]] = {HOLDS: [], UNTOLD: [], REVERSED: [], ONE_SEED: []}
-        for claim in judged:
-            low, high = (scores[name][metric].values for name in (claim.lower, claim.higher))
-            by[judge(low, high)[0]].append(f"{claim.lower} < {claim.higher}")
-        lines.append(f"{heading}: {tally(by, 'poster')}")
+    pairs = [(c.lower, c.higher) for c in poster.ORDERINGS if c.lower in scores and c.higher in scores]
+    lines = [f"{heading}: {tally(scores, metric, pairs, 'poster')}" for metric, heading in METRICS.items()]
     once = (
         "The teacher is trained once, so its own deviation is not known; the data is the same for all seeds."
     )
     return [*lines, f"{what_holds('poster')} {once}"]
 
 
-def tally(by: Mapping[str, Sequence[str]], source: str) -> str:
-    """How many orderings of a source have each verdict; `by`: verdict -> the orderings in words."""
+def verdict_cell(lower: Score, higher: Score) -> str:
+    """The verdict on a claim with the difference and its error, e.g. "holds (+1.4 ± 0.8)"."""
+    verdict, difference, error = judge(lower.values, higher.values)
+    return f"{verdict} ({difference:+.1f}" + (")" if error is None else f" ± {error:.1f})")
+
+
+def tally(scores: Scores, metric: str, pairs: Iterable[tuple[str, str]], source: str) -> str:
+    """How many orderings of a source, (lower, higher) rows that are there, have each verdict."""
+    by: dict[str, list[str]] = {HOLDS: [], UNTOLD: [], REVERSED: [], ONE_SEED: []}
+    for lower, higher in pairs:
+        verdict, *_ = judge(scores[lower][metric].values, scores[higher][metric].values)
+        by[verdict].append(f"{lower} < {higher}")
     holding, untold, reversed_ = (len(by[verdict]) for verdict in (HOLDS, UNTOLD, REVERSED))
     if not holding + untold + reversed_:
         return "one seed does not tell which orderings hold."

@@ -9,17 +9,14 @@ from rich.table import Table
 
 from clipdistill_jax.report import paper_tables
 from clipdistill_jax.report.ablation import (
-    HOLDS,
     NONE,
-    REVERSED,
-    UNTOLD,
     Score,
     Scores,
     failed_rows,
-    judge,
     markdown_table,
     rich_table,
     tally,
+    verdict_cell,
     what_holds,
 )
 from clipdistill_jax.report.answers import OVERALL
@@ -109,30 +106,28 @@ def ordering_cells(scores: Scores, table: PaperTable, column: str) -> tuple[list
     Claims about methods that are not there are left out.
     """
     metrics, rows = list(next(iter(scores.values()))), []
+    for claim, gap in _claims(scores, table, column):
+        cells = [f"{claim.lower} < {claim.higher}", claim.claim, f"{gap:+.2f}"]
+        rows.append(
+            [*cells, *(verdict_cell(scores[claim.lower][m], scores[claim.higher][m]) for m in metrics)]
+        )
+    return ["ordering", "claim", f"paper, {column}", *(OVERALL[m] for m in metrics)], rows
+
+
+def _claims(scores: Scores, table: PaperTable, column: str) -> list[tuple[paper_tables.Ordering, float]]:
+    """The paper's orderings of methods that are there, each with the gap in a column of its table."""
+    found = []
     for claim in paper_tables.ORDERINGS:
         low, high = (table.value(name, column) for name in (claim.lower, claim.higher))
-        if low is None or high is None or not {claim.lower, claim.higher} <= scores.keys():
-            continue
-        cells = [f"{claim.lower} < {claim.higher}", claim.claim, f"{high - low:+.2f}"]
-        for metric in metrics:
-            verdict, difference, error = judge(
-                scores[claim.lower][metric].values, scores[claim.higher][metric].values
-            )
-            cells.append(f"{verdict} ({difference:+.1f}" + (")" if error is None else f" ± {error:.1f})"))
-        rows.append(cells)
-    return ["ordering", "claim", f"paper, {column}", *(OVERALL[m] for m in metrics)], rows
+        if low is not None and high is not None and {claim.lower, claim.higher} <= scores.keys():
+            found.append((claim, high - low))
+    return found
 
 
 def summary(scores: Scores, table: PaperTable, column: str) -> list[str]:
     """A sentence a metric: how many orderings hold, are not told apart, are reversed; and what that means."""
-    headings, rows = ordering_cells(scores, table, column)
-    lines = []
-    for place, heading in list(enumerate(headings))[3:]:
-        by = {
-            verdict: [row[0] for row in rows if row[place].startswith(verdict)]
-            for verdict in (HOLDS, UNTOLD, REVERSED)
-        }
-        lines.append(f"{heading}: {tally(by, 'paper')}")
+    pairs = [(claim.lower, claim.higher) for claim, _ in _claims(scores, table, column)]
+    lines = [f"{OVERALL[m]}: {tally(scores, m, pairs, 'paper')}" for m in next(iter(scores.values()))]
     once = "The paper gives one number a method, so its own deviation is not known."
     return [*lines, f"{what_holds('paper')} {once}"]
 
