@@ -139,7 +139,7 @@ def _read_torch(path: Path, torch: ModuleType) -> dict[str, np.ndarray]:
         raise ValueError(f"{path}: holds a {type(state).__name__}, not a dictionary of tensors")
     others = [str(name) for name, x in state.items() if not isinstance(x, torch.Tensor)]
     if others:
-        raise ValueError(f"{path}: these entries are not tensors: {', '.join(others[:10])}")
+        raise ValueError(f"{path}: these entries are not tensors: {', '.join(others)}")
     return {name: _numpy(x, torch) for name, x in state.items()}
 
 

@@ -80,7 +80,7 @@ def fill(read: Mapping[str, Any], like: Mapping[str, Any], source: str) -> Tree:
         if path in own and np.shape(x) != np.shape(own[path])
     ]
     if problems:
-        raise ValueError(f"{source}: its parameters do not fit the model; {'; '.join(problems[:20])}")
+        raise ValueError(f"{source}: its parameters do not fit the model; {'; '.join(problems)}")
     return flax.traverse_util.unflatten_dict(own | given, sep="/")
 
 

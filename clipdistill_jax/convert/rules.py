@@ -49,8 +49,7 @@ def under(theirs: str, ours: str, rules: Iterable[Rule]) -> list[Rule]:
 
 
 def _names(names: Iterable[str]) -> str:
-    names = sorted(names)
-    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+    return ", ".join(sorted(names))
 
 
 def to_ours(
@@ -90,7 +89,7 @@ def to_ours(
                 problems.append(f"{rule.theirs} {tensor.shape} gives {value.shape}, not {wanted[path]}")
             flat[path] = np.asarray(value, np.float32, order="C")
     if problems:
-        raise ValueError(f"{source}: shapes do not fit the model: {'; '.join(problems[:20])}")
+        raise ValueError(f"{source}: shapes do not fit the model: {'; '.join(problems)}")
     return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 

@@ -140,6 +140,9 @@ def test_what_does_not_fit_is_named_and_refused():
         read(state, heads=("vcr",))
     with pytest.raises(ValueError, match="ckpt: .*unknown: surprise"):
         read(state | {"surprise": np.zeros(2)}, source="ckpt")
+    others = [f"surprise.{k:02}" for k in range(30)]
+    with pytest.raises(ValueError, match=f"unknown: {', '.join(others)}$"):  # every one
+        read(state | dict.fromkeys(others, np.zeros(2)))
     without = {name: x for name, x in state.items() if name != "uniter.pooler.dense.bias"}
     with pytest.raises(ValueError, match=r"missing: uniter\.pooler\.dense\.bias$"):
         read(without)
