@@ -109,11 +109,11 @@ class QuestionDataset:
 
     def selection(self, stage: Stage, seed: int) -> Any:
         """The training records that a stage's protocol draws."""
-        from clipdistill_jax.data.protocol import select
+        from clipdistill_jax.data.protocol import GROUPS, select
 
-        settings = stage.config
+        settings, among = stage.config, GROUPS[self._settings["format"]]
         groups = self._data.groups("train")
-        return select(groups, protocol=settings["protocol"], shots=settings["shots"], seed=seed)
+        return select(groups, protocol=settings["protocol"], shots=settings["shots"], seed=seed, among=among)
 
     def note_selection(self, stage: Stage, seed: int, folder: Path) -> None:
         """Writes the drawn records' ids to `folder`; raises ValueError if others are listed there."""

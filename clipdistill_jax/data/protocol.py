@@ -52,6 +52,7 @@ _MARKS = (
     ),
 )
 CATEGORIES = tuple(name for name, _ in _MARKS)
+GROUPS = {"vcr": CATEGORIES, "snli_ve": LABELS, "vqa": ("all",)}  # that each dataset draws from
 _CATEGORY = tuple((name, re.compile(rf"\b(?:{marks})\b")) for name, marks in _MARKS)
 
 
@@ -97,7 +98,9 @@ class Selection:
     unlabelled: tuple[str, ...]
 
 
-def select(groups: Mapping[str, str], *, protocol: str, shots: int = 0, seed: int = 0) -> Selection:
+def select(
+    groups: Mapping[str, str], *, protocol: str, shots: int = 0, seed: int = 0, among: Iterable[str] = ()
+) -> Selection:
     """Draws the examples of a protocol.
 
     Of each group the `shots` ids with the smallest hash of (seed, id) are taken. So a draw does not depend on
@@ -108,9 +111,10 @@ def select(groups: Mapping[str, str], *, protocol: str, shots: int = 0, seed: in
       protocol: "full"; "low_shot"; "semi_supervised" = low_shot, with all others unlabelled.
       shots: examples of each group; 0 with "full".
       seed: any whole number.
+      among: groups that there must be (the dataset's GROUPS), beside those that examples have.
 
     Raises:
-      ValueError: an argument is out of range, or a group has fewer examples than `shots`.
+      ValueError: an argument is out of range, or a group has fewer examples than `shots`, or none.
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol is {protocol!r}; it can be {', '.join(PROTOCOLS)}")
@@ -118,8 +122,9 @@ def select(groups: Mapping[str, str], *, protocol: str, shots: int = 0, seed: in
         raise ValueError("there are no training examples to select from")
     if (shots == 0) != (protocol == "full") or shots < 0:
         raise ValueError(f"shots={shots} with protocol {protocol!r}: 0 with 'full', else 1 or more")
-    available = dict(sorted(Counter(groups.values()).items()))
-    short = {group: n for group, n in available.items() if n < shots}
+    counts = Counter(groups.values())
+    available = dict(sorted(counts.items()))
+    short = {group: counts[group] for group in sorted({*counts, *among}) if counts[group] < shots}
     if short:
         raise ValueError(f"{shots} examples of each group are asked for, but there are only {short}")
     drawn = sorted(groups)

@@ -15,6 +15,7 @@ from clipdistill_jax.data.formats.vcr import VcrRecord
 from clipdistill_jax.data.formats.vqa import VqaRecord
 from clipdistill_jax.data.protocol import (
     CATEGORIES,
+    GROUPS,
     question_category,
     read_selection,
     select,
@@ -102,6 +103,7 @@ def test_groups():
     assert snli_ve_groups(pairs) == {"p0": "contradiction", "p1": "entailment", "p2": "neutral"}
     questions = [VqaRecord("7", 1, Path("i"), "q", (), None, None, "")]
     assert vqa_groups(questions) == {"7": "all"}
+    assert set(snli_ve_groups(pairs).values()) == {*GROUPS["snli_ve"]} and GROUPS["vqa"] == ("all",)
 
 
 def dataset(sizes: dict[str, int]) -> dict[str, str]:
@@ -176,6 +178,16 @@ def test_the_draw_stays_what_it_was():
 def test_bad_arguments(arguments, part):
     with pytest.raises(ValueError, match=part):
         select(dataset({"a": 5, "b": 3}), **arguments)
+
+
+@pytest.mark.parametrize("protocol", ["low_shot", "semi_supervised"])
+def test_a_group_without_examples(protocol):
+    groups = dataset({"role": 5, "scene": 2})
+    with pytest.raises(ValueError, match=r"only \{.*'explanation': 0, .*'temporal': 0\}"):
+        select(groups, protocol=protocol, shots=2, among=GROUPS["vcr"])
+    whole = groups | dataset(dict.fromkeys(CATEGORIES, 2))
+    assert len(select(whole, protocol=protocol, shots=2, among=GROUPS["vcr"]).labelled) == 14
+    assert len(select(groups, protocol="full", among=GROUPS["vcr"]).labelled) == 7
 
 
 def test_no_examples():
