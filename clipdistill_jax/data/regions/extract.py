@@ -7,7 +7,6 @@ describes them, and besides `image` [C], the features of the whole image, which 
 import dataclasses
 import itertools
 import os
-import zipfile
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +24,7 @@ from clipdistill_jax.data.index import write_json
 from clipdistill_jax.data.progress import progress_bar
 from clipdistill_jax.data.regions.box_file import Boxes
 from clipdistill_jax.data.regions.boxes import UNREADABLE, ImageBoxes, Plan
+from clipdistill_jax.data.regions.uniter import NPZ_DAMAGE
 from clipdistill_jax.models.regions import RegionTower, region_features
 
 MANIFEST = "regions.json"
@@ -245,7 +245,7 @@ def _is_done(out: Path, boxes: Boxes) -> bool:
     try:
         with np.load(out / boxes.file, allow_pickle=False) as file:
             return "features" in file.files and np.array_equal(file["norm_bb"], _norm_bb(boxes))
-    except (KeyError, zipfile.BadZipFile, *UNREADABLE):
+    except NPZ_DAMAGE:
         return False
 
 

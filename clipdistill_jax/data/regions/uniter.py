@@ -13,6 +13,7 @@ import json
 import math
 import os
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from clipdistill_jax.data.regions import MissingRegions, Regions, make_regions
 WIDTH = 2048
 NAMES_KEY = b"__keys__"
 _DTYPES = {f"<{kind}" for kind in ("f2", "f4", "f8", "i2", "i4", "i8")} | {"|i1", "|u1", "|b1"}
+# What NumPy and zipfile raise for a damaged npz; its flags may ask for a password or an unknown compression.
+NPZ_DAMAGE = (ValueError, OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error)
 _ARRAYS = ("norm_bb", "boxes", "features", "conf", "soft_labels", "image")
 
 
@@ -174,7 +177,7 @@ def _npz_arrays(data: bytes, where: str) -> dict[str, np.ndarray]:
             return {name: file[name] for name in _ARRAYS if name in file.files}
     except FormatError:
         raise
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except NPZ_DAMAGE as error:
         hint = (
             "an array of objects, which could run code; write it again with numbers alone"
             if "pickle" in str(error) and data[:2] == b"PK"
@@ -201,7 +204,7 @@ def _array(value: Any, where: str) -> np.ndarray:
     if not isinstance(value, dict) or value.get(b"nd") is not True:
         raise FormatError(f"{where}: not an array of msgpack-numpy")
     dtype, kind, shape, data = (value.get(key) for key in (b"type", b"kind", b"shape", b"data"))
-    if kind not in (None, b"", "") or dtype not in _DTYPES:
+    if kind not in (None, b"", "") or not isinstance(dtype, str) or dtype not in _DTYPES:
         raise FormatError(
             f"{where}: an array of type {dtype!r}, kind {kind!r}; plain numbers alone are read: pickled "
             "objects could run code"

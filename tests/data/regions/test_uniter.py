@@ -99,6 +99,23 @@ def test_npz_cut_short(tmp_path):
         read_npz(path)
 
 
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_npz_with_a_wrong_byte(tmp_path, save):
+    """Wherever it stands: refused, or else of no consequence."""
+    path = tmp_path / "a.npz"
+    save(path, **uniter_arrays(n=2))
+    whole = path.read_bytes()
+    refusals = 0
+    for place in range(0, len(whole), 3):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x21]) + whole[place + 1 :])
+        try:
+            read_npz(path, width=8)
+        except FormatError as error:
+            assert "a.npz" in str(error)
+            refusals += 1
+    assert refusals > len(whole) / 3 / 2
+
+
 def test_npz_folder(tmp_path):
     for k in range(3):
         np.savez(tmp_path / coco_name("val2014", k), **uniter_arrays(seed=k))
@@ -216,6 +233,10 @@ def lmdb_damage() -> dict[str, tuple[bytes, list[str]]]:
         ),
         "structured": (
             msgpacked(good | {"conf": packed(features, {b"type": [["a", "<f4"]], b"kind": b"V"})}),
+            ["'conf'", "could run code"],
+        ),
+        "structured, of no kind": (
+            msgpacked(good | {"conf": packed(features, {b"type": [["a", "<f4"]]})}),
             ["'conf'", "could run code"],
         ),
         "wrong shape": (
