@@ -149,6 +149,25 @@ DAMAGE = {
 }
 
 
+@pytest.mark.parametrize(
+    ("changes", "place"),
+    [
+        ({"question": ["A", "man \ud83d smiles"]}, "question[1]"),
+        ({"answer_choices": [*THREE, ["d", "\udc00"]]}, "answer_choices[3][1]"),
+        ({"annot_id": "train-\ud83d"}, "annot_id"),
+        ({"objects": ["person", "\udfff", "car"]}, "objects[1]"),
+    ],
+)
+def test_half_a_character(tree, changes, place):
+    """JSON can say it, no file of ours could: not written, not divided into words, not hashed."""
+    records = [question("train", k, question=["A", "\U0001f600"]) for k in range(2)]
+    write_lines(tree / "train.jsonl", records)
+    assert read(tree).splits["train"][0].question == ("A", "\U0001f600")  # two halves of a whole
+    write_lines(tree / "train.jsonl", [records[0], records[1] | changes])
+    with refused("train.jsonl, line 2", f"the field {place!r} has half a character"):
+        read(tree)
+
+
 @pytest.mark.parametrize("name", DAMAGE)
 def test_damaged_records(tree, name):
     changes, parts = DAMAGE[name]

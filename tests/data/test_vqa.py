@@ -134,6 +134,16 @@ DAMAGE = {
         lambda d: d["questions"][0].update(question=" "),
         ["questions[0], question_id 100", "'question' is empty"],
     ),
+    "half a character": (
+        Q,
+        lambda d: d["questions"][1].update(question="A man \ud83d smiles"),
+        [Q, "'questions[1].question' has half a character"],
+    ),
+    "half a character in an answer": (
+        A,
+        lambda d: d["annotations"][0]["answers"][3].update(answer="\udc80"),
+        [A, "'annotations[0].answers[3].answer' has half a character"],
+    ),
     "no list": (Q, lambda d: d.pop("questions"), ["top level", "'questions' is missing"]),
 }
 

@@ -3,10 +3,15 @@
 import csv
 import io
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from clipdistill_jax.data.formats.clips import FormatError
+
+_HALF_ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 def read_text(path: Path) -> str:
@@ -32,11 +37,13 @@ def read_json(path: Path) -> Any:
 
     Raises:
       FileNotFoundError: the file is absent.
-      FormatError: it is not JSON; the message says so where the file ends too early.
+      FormatError: it is not JSON, or a text in it is none; the message says so where the file ends too early.
     """
     text = read_text(path)
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        check_characters(value, text, str(path))
+        return value
     except json.JSONDecodeError as error:
         at_end = error.pos >= len(text.rstrip()) - 1 or error.msg.startswith("Unterminated string")
         hint = "; the file seems to be cut short: copy it again" if at_end else ""
@@ -46,6 +53,38 @@ def read_json(path: Path) -> Any:
         ) from error
     except RecursionError as error:
         raise FormatError(f"{path}: the JSON is nested too deeply") from error
+
+
+def check_characters(value: Any, text: str, where: str) -> None:
+    """Refuses half a character: JSON can say "\\ud83d" without the half that follows, but it is no text.
+
+    Args:
+      value: what `text` says.
+      text: JSON.
+      where: names the file and the record in the error.
+
+    Raises:
+      FormatError: names the field that holds one.
+    """
+    if _HALF_ESCAPED.search(text):  # whole characters are escaped so too, in two halves
+        for place, found in _texts(value, ""):
+            if half := _HALF.search(found):
+                raise FormatError(
+                    f"{where}: the field {place.removeprefix('.')!r} has half a character, {half[0]!r}"
+                )
+
+
+def _texts(value: Any, place: str) -> Iterator[tuple[str, str]]:
+    """Every text in a JSON value, names of fields too, and where it stands."""
+    if isinstance(value, str):
+        yield place, value
+    elif isinstance(value, list):
+        for k, item in enumerate(value):
+            yield from _texts(item, f"{place}[{k}]")
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield f"{place}.{name}", name
+            yield from _texts(item, f"{place}.{name}")
 
 
 def field(record: Any, name: str, kind: type, where: str) -> Any:

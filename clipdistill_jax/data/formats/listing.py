@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
+from clipdistill_jax.data.formats import checked
 from clipdistill_jax.data.formats.clips import FormatError, Problem
 
 
@@ -103,7 +104,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
     Raises:
       FileNotFoundError: the file is absent.
-      FormatError: a line is not UTF-8 or not one JSON object.
+      FormatError: a line is not UTF-8 or not one JSON object, or a text in it is none.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
@@ -115,6 +116,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 if not text:
                     continue
                 value = json.loads(text)
+                checked.check_characters(value, text, where)
             except UnicodeDecodeError as error:
                 raise FormatError(f"{where}: not UTF-8 text: {error.reason}") from error
             except json.JSONDecodeError as error:
