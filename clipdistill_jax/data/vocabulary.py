@@ -13,7 +13,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +49,7 @@ _MENDED = {
 } | {"somebody'd": "somebodyd"}  # as the official table has it
 
 
+@lru_cache(2**16)  # the same answers come again and again
 def normalize_answer(text: str) -> str:
     """The normal form of an answer."""
     text = text.replace("\n", " ").replace("\t", " ").strip()
@@ -88,7 +89,7 @@ def training_score(count: int) -> float:
     """The target of an answer that `count` of ten people gave: 0, 0.3, 0.6, 0.9, then 1.
 
     The practice of training code since bottom-up attention (hengyuan-hu/bottom-up-attention-vqa
-    tools/compute_softscore.py:80-90). With ten people it equals `official_score`.
+    tools/compute_softscore.py:80-90). With ten people it equals `official_score`, unless all wrote the same.
     """
     return min(3 * count, 10) / 10
 
@@ -115,6 +116,14 @@ class AnswerVocabulary:
     def index(self) -> dict[str, int]:
         """answer -> class."""
         return {answer: k for k, answer in enumerate(self.answers)}
+
+    @cached_property
+    def classes(self) -> dict[str, list[int]]:
+        """normal form -> classes."""
+        found: dict[str, list[int]] = {}
+        for k, answer in enumerate(self.answers):
+            found.setdefault(normalize_answer(answer), []).append(k)
+        return found
 
     def __len__(self) -> int:
         return len(self.answers)
@@ -144,6 +153,17 @@ class AnswerVocabulary:
         for answer, count in counts.items():
             if answer in self.index and answer != UNKNOWN:
                 scores[self.index[answer]] = training_score(count)
+        return scores
+
+    def official(self, given: Sequence[str]) -> Float32[np.ndarray, " v"]:
+        """The `official_score` of all classes.
+
+        It differs from `targets` where all people wrote the same: what is not written so is wrong then.
+        """
+        scores = np.zeros(len(self), np.float32)
+        for form in {normalize_answer(text) for text in given}:
+            for k in self.classes.get(form, ()):
+                scores[k] = official_score(self.answers[k], given)
         return scores
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -221,7 +221,7 @@ def test_missing_images(tree, suffix, field):
         read(tree)
     found = read(tree, allow_missing=True)
     assert [r.example_id for r in found.splits["train"]] == ["train-0", "train-1"]
-    assert found.listed["train"] == 4
+    assert found.listed["train"] == 4 and found.left_out["train"] == ("train-2", "train-3")
     assert [(p.kind, p.split, p.file) for p in found.problems] == [
         ("missing_image", "train", "train.jsonl")
     ] * 2

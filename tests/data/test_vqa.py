@@ -268,6 +268,16 @@ def test_targets():
     np.testing.assert_array_equal(vocabulary.targets([]), np.zeros(4, np.float32))
 
 
+@pytest.mark.parametrize(
+    "given", [["two"] * 10, ["2"] * 10, ["The cat"] * 9 + ["2"], ["dog"] * 4 + ["2"] * 6]
+)
+def test_official_scores_of_all_classes(given):
+    vocabulary = AnswerVocabulary(("two", "2", "cat", "the cat", "dog"))
+    expected = np.float32([official_score(answer, given) for answer in vocabulary.answers])
+    np.testing.assert_array_equal(vocabulary.official(given), expected)
+    assert expected.any()
+
+
 def test_fingerprint_binds_the_order():
     vocabulary, other = AnswerVocabulary(("a", "b")), AnswerVocabulary(("b", "a"))
     assert vocabulary.fingerprint != other.fingerprint

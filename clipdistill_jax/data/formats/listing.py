@@ -41,12 +41,14 @@ class Listing(Generic[E]):
       splits: records by split name, in the order of the files.
       problems: records left out because a file of theirs is missing (only where the caller allowed that).
       listed: records that each split lists, left out or not.
+      left_out: ids of the records of each split that were left out.
       fingerprint: hash of the annotation files' contents and of the names and sizes of the files they name.
     """
 
     splits: dict[str, tuple[E, ...]]
     problems: tuple[Problem, ...]
     listed: dict[str, int]
+    left_out: dict[str, tuple[str, ...]]
     fingerprint: str
 
 
@@ -67,9 +69,9 @@ def make_listing(
     sizes: dict[Path, int | None] = {}
     problems: list[Problem] = []
     kept: dict[str, tuple[E, ...]] = {}
-    listed = {}
+    listed, left_out = {}, {}
     for split, examples in splits.items():
-        good = []
+        good, lost = [], []
         count = 0
         for example in examples:
             count += 1
@@ -84,9 +86,11 @@ def make_listing(
                 Problem("missing_image", split, *_split_record(example), f"field {field!r}: no file {path}")
                 for field, path in missing[:1]
             ]
-            if not missing:
+            if missing:
+                lost.append(example.example_id)
+            else:
                 good.append(example)
-        kept[split], listed[split] = tuple(good), count
+        kept[split], listed[split], left_out[split] = tuple(good), count, tuple(lost)
     if problems and not allow_missing:
         first = problems[0]
         raise FormatError(
@@ -96,7 +100,7 @@ def make_listing(
     for split, found in kept.items():
         if not found:
             raise FormatError(f"the split {split!r} has no record" + (" with its files" if problems else ""))
-    return Listing(kept, tuple(problems), listed, _fingerprint(annotations, sizes))
+    return Listing(kept, tuple(problems), listed, left_out, _fingerprint(annotations, sizes))
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -24,6 +24,7 @@ def question_batches(
     read: ReadSteps,
     *,
     answers: int | None,
+    official: bool,
     clip: bool,
 ) -> StoppingIterator:
     """The batches of steps; see `pipeline.QuestionData`.
@@ -36,6 +37,7 @@ def question_batches(
       labelled: of each item, whether its label may be shown.
       read: reads the images of the steps.
       answers: classes of VQA's targets; None gives none.
+      official: the targets are official accuracies, not soft scores.
       clip: give what CLIP reads.
     """
 
@@ -57,7 +59,7 @@ def question_batches(
             batch["example_id"] = masked_ids(item, mask)
             batch["image_id"] = masked_ids(batch["image_id"], mask)
             if answers is not None:
-                batch["targets"] = loaded.targets(item, answers) * known[:, None]
+                batch["targets"] = loaded.targets(item, answers, official) * known[:, None]
             yield batch
 
     return StoppingIterator(finish())

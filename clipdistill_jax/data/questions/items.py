@@ -37,7 +37,7 @@ class Question:
       given: index of the answer in the context, -1 where there is none.
       category: what reports divide by: VCR's question category, SNLI-VE's label, VQA's answer type, or "".
       group: what the protocols draw from (`data.protocol`).
-      scores: VQA's soft scores, class -> score; None where nobody answered.
+      scores: of VQA's classes, class -> (soft score to learn, official accuracy); None where nobody answered.
     """
 
     example_id: str
@@ -52,7 +52,7 @@ class Question:
     given: int
     category: str
     group: str
-    scores: dict[int, float] | None = None
+    scores: dict[int, tuple[float, float]] | None = None
 
     def to_json(self) -> str:
         """One line of JSON."""
@@ -69,7 +69,7 @@ def from_json(data: Mapping[str, Any]) -> Question:
             **texts,
             "objects": tuple(data["objects"]),
             "names": tuple(data["names"]),
-            "scores": None if scores is None else {int(k): v for k, v in scores.items()},
+            "scores": None if scores is None else {int(k): tuple(v) for k, v in scores.items()},
         }
     )
 
@@ -112,8 +112,10 @@ def vqa_items(record: VqaRecord, image: int, vocabulary: AnswerVocabulary) -> It
     """One item: the question alone is its text; the vocabulary's answers are scored, not written out."""
     scores = None
     if record.answers:
-        targets = vocabulary.targets(record.answers)
-        scores = {int(k): round(float(targets[k]), 1) for k in np.flatnonzero(targets)}
+        soft, official = vocabulary.targets(record.answers), vocabulary.official(record.answers)
+        classes = np.flatnonzero((soft > 0) | (official > 0)).tolist()
+        # Of ten people no score has more decimals.
+        scores = {k: (round(float(soft[k]), 1), round(float(official[k]), 1)) for k in classes}
     item = _single(record.example_id, "vqa", image, record.question, -1, record.answer_type or "")
     yield dataclasses.replace(item, group="all", scores=scores)
 

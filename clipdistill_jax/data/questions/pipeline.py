@@ -45,7 +45,8 @@ class QuestionData:
     and
       region_classes int32 [B, N]: the object's class, see `object_classes`; -1 for none
       label int32 [B]: the right choice, or SNLI-VE's label; -1 where unknown or hidden
-      targets float32 [B, V]: VQA's soft scores; zeros where unknown or hidden
+      targets float32 [B, V]: VQA's soft scores, in an evaluation the official accuracies; zeros where unknown
+        or hidden
       labelled bool [B]: whether the label (or the targets) may be used
       example_id int32 [B]: the item's index in the split; image_id int32 [B]: the image's
       mask bool [B]: False on the rows that fill an evaluation's last batch
@@ -245,7 +246,7 @@ class QuestionData:
         )
 
         steps = range(start_step, sys.maxsize)
-        return self._batches(steps, plan.rows, loaded, shapes, labelled, images, clip, class_probs)
+        return self._batches(steps, plan.rows, loaded, shapes, labelled, images, clip, class_probs, False)
 
     def eval_batches(
         self,
@@ -273,7 +274,8 @@ class QuestionData:
             return int(kinds[step]), mine[step]
 
         labelled = loaded.has_label()
-        return self._batches(range(len(mine)), rows, loaded, shapes, labelled, images, clip, class_probs)
+        steps = range(len(mine))
+        return self._batches(steps, rows, loaded, shapes, labelled, images, clip, class_probs, True)
 
     def image_batches(self, split: str, ids: Int[np.ndarray, "n b"]) -> graph.StoppingIterator:
         """Pictures by image_id: image, image_id, mask. An id of -1 gives a row of mask False."""
@@ -305,6 +307,7 @@ class QuestionData:
         images: bool,
         clip: bool,
         class_probs: bool,
+        official: bool,
     ) -> graph.StoppingIterator:
         if class_probs and not self.region_classes:
             raise ValueError(
@@ -322,7 +325,9 @@ class QuestionData:
             num_threads=self._num_threads,
         )
         answers = None if self.answers is None else len(self.answers)
-        return question_batches(steps, rows, loaded, shapes, labelled, read, answers=answers, clip=clip)
+        return question_batches(
+            steps, rows, loaded, shapes, labelled, read, answers=answers, official=official, clip=clip
+        )
 
     def _records(self, split: str) -> Any:
         if split not in self._opened:

@@ -24,7 +24,7 @@ from clipdistill_jax.data.video import VideoOptions
 from clipdistill_jax.data.vocabulary import MIN_COUNT, AnswerVocabulary, build_vocabulary, read_vocabulary
 from clipdistill_jax.data.workers import available_cores, in_threads
 
-LAYOUT = 1  # raised when newer code no longer reads what older code prepared
+LAYOUT = 2  # raised when newer code no longer reads what older code prepared
 FORMATS = {"vcr": ("qa", "qar"), "snli_ve": ("ve",), "vqa": ("vqa",)}  # and the kinds of their items
 SPLITS = ("train", "validation", "test")
 
@@ -73,9 +73,10 @@ def prepare_questions(
       progress: show progress bars on stderr.
 
     Returns:
-      The manifest: options, source, splits (listed, questions, items, images), region_width, region_classes
-      (K of class_probs, 0 for none), object_classes (names, background first), answers (fingerprint and count
-      of the vocabulary, or None), counts of problems by kind, skipped (file, record, reason).
+      The manifest: options, source, splits (listed, questions, items, images, left_out: ids of the questions
+      that are listed, but not there), region_width, region_classes (K of class_probs, 0 for none),
+      object_classes (names, background first), answers (fingerprint and count of the vocabulary, or None),
+      counts of problems by kind, skipped (file, record, reason).
 
     Raises:
       FileNotFoundError, FormatError: the tree lacks a file or has another structure; names the file, the
@@ -215,6 +216,10 @@ def _prepare(
             "questions": len(records),
             "items": index.write_items(out, split, items),
             "images": len(found),
+            "left_out": [
+                *listing.left_out[split],
+                *(record.example_id for record in listing.splits[split] if record.image not in place),
+            ],
         }
     return {
         "splits": splits,

@@ -89,8 +89,8 @@ class QuestionSplit:
         self.regions = counts[self.image]
         self._contexts, self._choices = contexts, np.array(choices, np.int64)
         self._score_starts = np.cumsum([0, *(len(s or ()) for s in scores)], dtype=np.int64)
-        pairs = [pair for s in scores for pair in (s or {}).items()]
-        self._scores = np.array(pairs, np.float32).reshape(-1, 2)
+        rows = [(k, *both) for s in scores for k, both in (s or {}).items()]
+        self._scores = np.array(rows, np.float32).reshape(-1, 3)  # class, soft score, official accuracy
         self.answered = np.array([s is not None for s in scores])
 
         found = texts.build()
@@ -216,12 +216,12 @@ class QuestionSplit:
             self._importance[kind] = (stored, np.cumsum(self.kind == kind) - 1)
         return self._importance[kind]
 
-    def targets(self, items: np.ndarray, classes: int) -> Float32[np.ndarray, "b v"]:
-        """VQA's soft scores."""
+    def targets(self, items: np.ndarray, classes: int, official: bool = False) -> Float32[np.ndarray, "b v"]:
+        """VQA's soft scores, to learn; or the official accuracy of each class."""
         found = np.zeros((len(items), classes), np.float32)
         for row, k in enumerate(items.tolist()):
-            pairs = self._scores[self._score_starts[k] : self._score_starts[k + 1]]
-            found[row, pairs[:, 0].astype(np.int64)] = pairs[:, 1]
+            said = self._scores[self._score_starts[k] : self._score_starts[k + 1]]
+            found[row, said[:, 0].astype(np.int64)] = said[:, 1 + official]
         return found
 
     def has_label(self) -> Bool[np.ndarray, " n"]:

@@ -170,6 +170,14 @@ def test_evaluation_has_every_item_once(opened, name, split):
     assert shapes <= set(data.shapes(split))
 
 
+def test_an_evaluation_counts_open_answers_as_the_official_program(opened):
+    soft = np.array([[1, 0.9], [0.9, 1], [1, 0.9], [0, 1]], np.float32)
+    assert np.array_equal(opened["vqa"].split("validation").targets(np.arange(4), 2), soft)
+    (batch,) = opened["vqa"].eval_batches("validation", batch_size=4)
+    official = batch["targets"][np.argsort(batch["example_id"])]
+    assert np.array_equal(official, [*soft[:3], [0, 0]]) and batch["labelled"].all()
+
+
 def test_low_shot_feeds_only_what_was_drawn(opened):
     data = opened["vcr"]
     groups = data.groups("train")

@@ -56,11 +56,13 @@ def test_manifests(prepared):
     found = {name: read_manifest(folder) for name, folder in prepared.items()}
     items = {"train": 24, "validation": 12, "test": 4 * 5}  # of the test split four rationale items a record
     assert found["vcr"]["splits"] == {
-        s: {"listed": n, "questions": n, "items": items[s], "images": n // 2} for s, n in VCR.items()
+        s: {"listed": n, "questions": n, "items": items[s], "images": n // 2, "left_out": []}
+        for s, n in VCR.items()
     }
     for name, sizes, share in (("snli_ve", VE, 3), ("vqa", VQA, 2)):
         assert found[name]["splits"] == {
-            s: {"listed": n, "questions": n, "items": n, "images": n // share} for s, n in sizes.items()
+            s: {"listed": n, "questions": n, "items": n, "images": n // share, "left_out": []}
+            for s, n in sizes.items()
         }
     assert found["vcr"]["object_classes"] == ["__background__", "car", "person"]
     assert {m["region_classes"] for m in found.values()} == {CLASSES}
@@ -88,7 +90,9 @@ def test_items(prepared):
     ve = list(read_items(prepared["snli_ve"], "validation", ("ve",)))
     assert [i.label for i in ve] == [0, 1, 2] * 2 and ve[1].category == ve[1].group == "entailment"
     vqa = list(read_items(prepared["vqa"], "train", ("vqa",)))
-    assert [i.scores for i in vqa[:2]] == [{0: 1.0, 1: 0.9}, {0: 0.9, 1: 1.0}]  # 7 and 3 of ten
+    assert [i.scores for i in vqa[:2]] == [{0: (1, 1), 1: (0.9, 0.9)}, {0: (0.9, 0.9), 1: (1, 1)}]  # 7 and 3
+    last = list(read_items(prepared["vqa"], "validation", ("vqa",)))[-1]
+    assert last.scores == {1: (1, 0)}  # ten times "Yes", of which the class "yes" is not the writing
     assert (vqa[0].category, vqa[0].group) == ("other", "all")
     assert {i.scores for i in read_items(prepared["vqa"], "test", ("vqa",))} == {None}
 
@@ -194,7 +198,8 @@ def test_what_is_missing_is_an_error_or_listed(copy, kind):
         prepare("vcr", tree, out, clip_text="")
     assert all(name in str(error.value) for name in names)
     manifest = prepare("vcr", tree, out, clip_text="", allow_missing=True, workers=2)
-    assert manifest["splits"]["train"] == {"listed": 12, "questions": 10, "items": 20, "images": 5}
+    counts = {"listed": 12, "questions": 10, "items": 20, "images": 5}
+    assert manifest["splits"]["train"] == {**counts, "left_out": ["train-4", "train-5"]}
     assert manifest["counts"][kind] == len(manifest["skipped"]) == (2 if kind == "missing_image" else 1)
     skipped = manifest["skipped"][0]
     assert skipped["file"] == "train.jsonl" and "line 5" in skipped["record"] and skipped["reason"]
@@ -338,7 +343,7 @@ def test_real_vqa_samples(shared_data, tmp_path):
     assert read_images(tmp_path / "out", "train")[1].tolist() == [37]
     vocabulary = read_vocabulary(answers)
     for item in read_items(tmp_path / "out", "train", ("vqa",)):
-        assert item.scores and max(item.scores.values()) <= 1 and max(item.scores) < 3129
+        assert item.scores and max(map(max, item.scores.values())) <= 1 and max(item.scores) < 3129
     assert "net" in {
         vocabulary.answers[k] for k in next(read_items(tmp_path / "out", "train", ("vqa",))).scores
     }
