@@ -7,13 +7,20 @@ from typing import Any
 import numpy as np
 
 from clipdistill_jax.convert import files, hf_bert, partial, uniter, vl_bert
+from clipdistill_jax.models.bert import BertConfig
 from clipdistill_jax.weights import STAGE, find_stage, stage_variables
 
 Tree = dict[str, Any]
+KINDS = {"uniter": uniter, "vl_bert": vl_bert}
 
 
 def read_question_start(
-    init: Mapping[str, Any], params: Tree, kind: str, runs: Sequence[Path], seed: int
+    init: Mapping[str, Any],
+    params: Tree,
+    kind: str,
+    runs: Sequence[Path],
+    seed: int,
+    config: BertConfig | None = None,
 ) -> Tree:
     """A student's parameters with those that a config's `init` names laid over the initialised ones.
 
@@ -25,34 +32,58 @@ def read_question_start(
       kind: "uniter" or "vl_bert".
       runs: see `weights.find_stage`.
       seed: of the words that a UNITER without VCR's gets.
+      config: of the student; a BERT must compute as it says.
 
     Of a stage, the heads that the student does not have are left, and those that it has more stay as
-    initialised.
+    initialised; of a BERT, all that no BERT has. Everything else must be given or be named as missing.
 
     Raises:
       FileNotFoundError: it is not there.
-      ValueError: tensors are missing, unknown or ill-shaped; each is named.
+      ValueError: tensors are missing, unknown or ill-shaped; each is named. Or a BERT is of another kind.
     """
     source = init.get("model", "")
     if not source:
         return params
     if source.startswith(STAGE):
         read = stage_variables(find_stage(source.removeprefix(STAGE), runs))["params"]
-        return partial.fill({part: read[part] for part in read if part in params}, params, source)
-    path = Path(source).expanduser()
-    if not path.is_file():
-        return partial.start_from_bert(hf_bert.load(source)[1], params, source)
+        return _from_stage(read, params, kind, source)
+    path, layers = Path(source).expanduser(), len(params["encoder"])
     names: dict[str, Any] = {field: tuple(init.get(field, ())) for field in ("missing", "unused")}
-    read = _uniter(path, params, names, seed) if kind == "uniter" else _vl_bert(path, params, names)
-    return partial.fill(read, params, source)
+    if not path.is_file():
+        theirs, read = hf_bert.load(source)
+        if config:
+            _check_same(theirs, config, source)
+        fresh = partial.paths(hf_bert.rules(layers), names["missing"])
+        return partial.start_from_bert(read, params, source, fresh)
+    heads = tuple(name for name in KINDS[kind].HEADS if name in params)
+    fresh = partial.paths(KINDS[kind].rules(layers, heads), names["missing"])
+    if kind == "uniter":
+        read = _uniter(path, params, heads, names, seed)
+    else:
+        read = _vl_bert(path, params, heads, names)
+    return partial.fill(read, params, source, fresh)
 
 
-def _heads(params: Tree, known: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(name for name in known if name in params)
+def _from_stage(read: Tree, params: Tree, kind: str, source: str) -> Tree:
+    tables = KINDS[kind].HEADS.values()
+    heads = {path.split("/")[0] for table in tables for rule in table for path in rule.ours}
+    kept = {part: value for part, value in read.items() if part in params or part not in heads}
+    return partial.fill(kept, params, source, [f"{part}/" for part in heads - read.keys()])
 
 
-def _uniter(path: Path, params: Tree, names: Mapping[str, Any], seed: int) -> Tree:
-    read = uniter.load(path, _heads(params, uniter.HEADS), **names).params
+def _check_same(theirs: BertConfig, config: BertConfig, source: str) -> None:
+    """Of what no shape tells."""
+    wrong = [
+        f"{hf_bert.FIELDS[field]} is {getattr(theirs, field)}, the student's {field} {getattr(config, field)}"
+        for field in ("heads", "act", "ln_eps")
+        if getattr(theirs, field) != getattr(config, field)
+    ]
+    if wrong:
+        raise ValueError(f"{source}: config.json: {'; '.join(wrong)}: the student would not compute as it")
+
+
+def _uniter(path: Path, params: Tree, heads: tuple[str, ...], names: Mapping[str, Any], seed: int) -> Tree:
+    read = uniter.load(path, heads, **names).params
     words, types = (
         len(np.asarray(params["embeddings"][f"{table}_embedding"]["embedding"]))
         for table in ("token", "type")
@@ -60,13 +91,13 @@ def _uniter(path: Path, params: Tree, names: Mapping[str, Any], seed: int) -> Tr
     return uniter.enlarge(read, words, types, seed)
 
 
-def _vl_bert(path: Path, params: Tree, names: Mapping[str, Any]) -> Tree:
+def _vl_bert(path: Path, params: Tree, heads: tuple[str, ...], names: Mapping[str, Any]) -> Tree:
     state = files.read_weights(path)
     pretrained = any("mvrc_head" in name for name in state)
     start = vl_bert.VQA_START if "vqa" in params else vl_bert.VCR_START
     read = vl_bert.from_state_dict(
         state,
-        _heads(params, vl_bert.HEADS),
+        heads,
         renamed=start if pretrained and not {"mlm", "mrc"} & params.keys() else None,
         source=str(path),
         **names,

@@ -1,6 +1,6 @@
 """Checkpoints that are not quite the model's: what may be left out is named, all else must fit."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.traverse_util
@@ -65,15 +65,24 @@ def read_partly(
     return to_ours(state, table, shapes, source)
 
 
-def fill(read: Mapping[str, Any], like: Mapping[str, Any], source: str) -> Tree:
+def fill(read: Mapping[str, Any], like: Mapping[str, Any], source: str, fresh: Sequence[str] = ()) -> Tree:
     """The tree of `like` (host arrays, as initialised) with the parameters that were read.
 
+    Args:
+      read: parameters.
+      like: of the whole model.
+      source: for messages.
+      fresh: beginnings of paths that may stay as initialised.
+
     Raises:
-      ValueError: parameters that the model does not have, or of another shape; each is named.
+      ValueError: the model has other parameters, or some of another shape; each is named.
     """
     given = flax.traverse_util.flatten_dict(dict(read), sep="/")
     own = flax.traverse_util.flatten_dict(dict(like), sep="/")
     problems = [f"{path}: the model has none" for path in given if path not in own]
+    problems += [
+        f"{path}: missing" for path in own if path not in given and not path.startswith(tuple(fresh))
+    ]
     problems += [
         f"{path}: {np.shape(x)}, the model has {np.shape(own[path])}"
         for path, x in given.items()
@@ -84,14 +93,24 @@ def fill(read: Mapping[str, Any], like: Mapping[str, Any], source: str) -> Tree:
     return flax.traverse_util.unflatten_dict(own | given, sep="/")
 
 
-def start_from_bert(bert: Mapping[str, Any], like: Mapping[str, Any], source: str) -> Tree:
+def paths(table: Iterable[Rule], names: Sequence[str]) -> tuple[str, ...]:
+    """Our paths of the tensors whose names begin so."""
+    return tuple(path for rule in table if rule.theirs.startswith(tuple(names)) for path in rule.ours)
+
+
+def start_from_bert(
+    bert: Mapping[str, Any], like: Mapping[str, Any], source: str, fresh: Sequence[str] = ()
+) -> Tree:
     """The tree of `like` (host arrays, as initialised) with a BERT's embeddings, encoder and pooler.
 
-    The tables of words and types may have more rows than BERT's, which are then their first. A BERT without
-    a pooler leaves the model's own.
+    The tables of words and types may have more rows than BERT's, which are then their first. What no BERT
+    has, regions and heads, stays as initialised.
 
     Args:
-      bert: {"embeddings", "encoder"} and maybe "pooler", as `hf_bert.load` gives them.
+      bert: {"embeddings", "encoder", "pooler"}, as `hf_bert.load` gives them.
+      like: parameters of the whole model.
+      source: for messages.
+      fresh: beginnings of paths of a BERT's parts that may stay too.
 
     Raises:
       ValueError: the parameters do not fit; each is named.
@@ -101,7 +120,8 @@ def start_from_bert(bert: Mapping[str, Any], like: Mapping[str, Any], source: st
         rows, own = embeddings[name]["embedding"], np.asarray(like["embeddings"][name]["embedding"])
         if len(rows) < len(own) and rows.shape[1:] == own.shape[1:]:
             embeddings[name] = {"embedding": np.concatenate([rows, own[len(rows) :]])}
-    return fill({**bert, "embeddings": embeddings}, like, source)
+    others = (f"{part}/" for part in like if part not in ("embeddings", "encoder", "pooler"))
+    return fill({**bert, "embeddings": embeddings}, like, source, (*others, *fresh))
 
 
 def rows_of(state: Mapping[str, Any], name: str, source: str, axis: int = 0) -> int:

@@ -93,9 +93,9 @@ def compared_with_torch(state, prefix, model, params, batch, end=0):
         yield features.outputs["vcr"][example, choice], cases.pooled(cases.float64(params), states[0])
 
 
-def random_bert():
-    """Parameters of a BERT with the tables of `cases.BERT` and two layers."""
-    shapes, rng = param_shapes(BertConfig(**{**cases.BERT, "layers": 2})), np.random.default_rng(3)
+def random_bert(**sizes):
+    """Parameters of a BERT of the sizes of `cases.BERT`, with two layers, but for those given."""
+    shapes, rng = param_shapes(BertConfig(**{**cases.BERT, "layers": 2, **sizes})), np.random.default_rng(3)
     return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from clipdistill_jax.convert import vl_bert
-from clipdistill_jax.convert.partial import fill, start_from_bert
+from clipdistill_jax.convert.partial import fill, paths, start_from_bert
 from clipdistill_jax.models.vl_bert import VlBert, VlBertConfig
 from tests.convert.originals import blocks, compared_with_torch, dense, norm, random_bert, random_state, same
 from tests.models import joint_cases as cases
@@ -126,7 +126,8 @@ def test_vcr_starts_from_a_pretrained_file():
     np.testing.assert_array_equal(start, state["module.vlbert.mvrc_head.transform.dense.weight"].T)
     assert set(found.params["objects"]) == {"transform"} and not {"vcr", "pooler"} & set(found.params)
     like = cases.random_params(VlBert(dataclasses.replace(CONFIG, region_classes=1601), ("vcr", "objects")))
-    made = fill(vl_bert.share_segments(found.params), like, "ckpt")
+    fresh = paths(vl_bert.rules(2, ("vcr", "objects")), options["missing"])
+    made = fill(vl_bert.share_segments(found.params), like, "ckpt", fresh)
     assert jax.tree.map(np.shape, made) == jax.tree.map(np.shape, like)
     types = state["module.vlbert.token_type_embeddings.weight"]
     np.testing.assert_array_equal(made["embeddings"]["type_embedding"]["embedding"], types[[0, 0, 2]])

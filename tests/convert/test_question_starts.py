@@ -1,0 +1,121 @@
+"""Where students of questions start: a start covers the student, and is of its kind."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from clipdistill_jax import question_weights
+from clipdistill_jax.convert import hf_bert, uniter, vl_bert
+from clipdistill_jax.models.bert import BertConfig
+from clipdistill_jax.models.uniter import Uniter, UniterConfig
+from clipdistill_jax.models.vl_bert import VlBert, VlBertConfig
+from clipdistill_jax.question_weights import read_question_start
+from tests.convert.originals import random_bert
+from tests.models import joint_cases as cases
+
+SIZES = {**cases.BERT, "width": 64, "heads": 1, "layers": 2}  # one head for 64 of the width, as in the files
+MODELS = {
+    "uniter": (Uniter, UniterConfig(**SIZES, **cases.CLASSES), uniter),
+    "vl_bert": (VlBert, VlBertConfig(**SIZES, **cases.CLASSES, object_classes=4), vl_bert),
+}
+
+
+def student(kind, *heads, seed=0, **sizes):
+    model, config, _ = MODELS[kind]
+    return cases.random_params(model(dataclasses.replace(config, **sizes), heads), seed)
+
+
+def config_of(kind, **sizes):
+    return dataclasses.replace(MODELS[kind][1], **sizes)
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """(kind, source, params, of the student) -> the student's parameters from a source that holds params."""
+
+    def read(kind, source, held, params, **init):
+        if source == "stage":
+            monkeypatch.setattr(question_weights, "find_stage", lambda name, runs: name)
+            monkeypatch.setattr(question_weights, "stage_variables", lambda name: {"params": held})
+            init["model"] = "stage:before"
+        elif source == "file":
+            init["model"] = str(tmp_path / "x.safetensors")
+            save_file(MODELS[kind][2].to_state_dict(held), init["model"])
+        else:
+            init["model"] = str(tmp_path / "bert")
+            layers, config = len(held["encoder"]), init.pop("config", {})
+            words = len(held["embeddings"]["token_embedding"]["embedding"])
+            config = BertConfig(**{**SIZES, "layers": layers, "vocab_size": words, **config})
+            hf_bert.save(init["model"], config, held)
+        return read_question_start(init, params, kind, (), seed=0, config=config_of(kind))
+
+    return read
+
+
+def held_by(kind, source, *heads, **sizes):
+    if source == "bert":
+        return random_bert(**{**SIZES, **sizes})
+    return student(kind, *heads, seed=1, **sizes)
+
+
+def same(found, expected):
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize("source", ["file", "bert", "stage"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_start_covers_the_student(kind, source, start):
+    params, held = student(kind), held_by(kind, source)
+    made = start(kind, source, held, params)
+    same(made["encoder"], held["encoder"])
+    same(made["pooler"], held["pooler"])
+    with pytest.raises(ValueError, match=r"; encoder/block_1/attn/k/bias: missing.*; encoder/block_1/mlp"):
+        start(kind, source, held_by(kind, source, layers=1), params)
+    with pytest.raises(ValueError, match="encoder/block_2/attn/k/bias: the model has none"):
+        start(kind, source, held_by(kind, source, layers=3), params)
+
+
+def test_heads_of_a_stage(start):
+    """Those that it lacks stay as initialised, with the vectors that only they need."""
+    params, held = student("vl_bert", "mrc", "itm"), student("vl_bert", "itm", "mlm", seed=1)
+    made = start("vl_bert", "stage", held, params)
+    for part, of in (("itm", held), ("mrc", params), ("mask_feature", params), ("mask_object", params)):
+        same(made[part], of[part])
+    del held["ln_text"]
+    with pytest.raises(ValueError, match=r"ln_text/bias: missing; ln_text/scale: missing$"):
+        start("vl_bert", "stage", held, params)
+    with pytest.raises(ValueError, match=r"end_embedding/embedding: the model has none.*region_embeddings"):
+        start("uniter", "stage", held, student("uniter"))
+
+
+def test_what_a_file_lacks_must_be_named(start):
+    params, held = student("uniter", "vcr"), student("uniter", "mlm", seed=1)
+    names = dict(missing=("vcr_output.",), unused=("cls.",))
+    made = start("uniter", "file", held, params, **names)
+    same(made["vcr"], params["vcr"])
+    del held["mlm"]
+    with pytest.raises(ValueError, match=r"missing: vcr_output\.0\.bias"):
+        start("uniter", "file", held, params)
+
+
+def test_a_bert_without_a_pooler_is_refused_unless_named(start):
+    params, bert = student("uniter", "vcr"), random_bert(**SIZES)
+    del bert["pooler"]
+    with pytest.raises(ValueError, match=r"pooler/dense/bias: missing; pooler/dense/kernel: missing$"):
+        start("uniter", "bert", bert, params, missing=("vcr_output.",))
+    made = start("uniter", "bert", bert, params, missing=("pooler.",))
+    same(made["pooler"], params["pooler"])
+    same(made["encoder"], bert["encoder"])
+
+
+def test_a_bert_that_computes_otherwise_is_refused(start):
+    other = dict(heads=4, ln_eps=1e-5, act="quick_gelu")
+    said = (
+        "num_attention_heads is 4, the student's heads 1; hidden_act is quick_gelu, the student's act gelu; "
+        "layer_norm_eps is 1e-05, the student's ln_eps 1e-12"
+    )
+    with pytest.raises(ValueError, match=f"bert: config.json: {said}"):
+        start("uniter", "bert", random_bert(**SIZES), student("uniter"), config=other)
