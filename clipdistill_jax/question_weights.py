@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from clipdistill_jax.convert import files, hf_bert, partial, uniter, vl_bert
+from clipdistill_jax.data.formats.vcr import UNITER_PERSONS
 from clipdistill_jax.models.bert import BertConfig
 from clipdistill_jax.weights import STAGE, find_stage, stage_variables
 
@@ -39,7 +40,8 @@ def read_question_start(
 
     Raises:
       FileNotFoundError: it is not there.
-      ValueError: tensors are missing, unknown or ill-shaped; each is named. Or a BERT is of another kind.
+      ValueError: tensors are missing, unknown or ill-shaped; each is named. Or the words are another
+        vocabulary's, or a BERT is of another kind.
     """
     source = init.get("model", "")
     if not source:
@@ -53,14 +55,18 @@ def read_question_start(
         theirs, read = hf_bert.load(source)
         if config:
             _check_same(theirs, config, source)
+        _check_words(read, params, source)
         fresh = partial.paths(hf_bert.rules(layers), names["missing"])
         return partial.start_from_bert(read, params, source, fresh)
     heads = tuple(name for name in KINDS[kind].HEADS if name in params)
     fresh = partial.paths(KINDS[kind].rules(layers, heads), names["missing"])
     if kind == "uniter":
-        read = _uniter(path, params, heads, names, seed)
+        read = uniter.load(path, heads, **names).params
     else:
         read = _vl_bert(path, params, heads, names)
+    _check_words(read, params, source)
+    if kind == "uniter":
+        read = uniter.enlarge(read, _rows(params, "token"), _rows(params, "type"), seed)
     return partial.fill(read, params, source, fresh)
 
 
@@ -82,13 +88,18 @@ def _check_same(theirs: BertConfig, config: BertConfig, source: str) -> None:
         raise ValueError(f"{source}: config.json: {'; '.join(wrong)}: the student would not compute as it")
 
 
-def _uniter(path: Path, params: Tree, heads: tuple[str, ...], names: Mapping[str, Any], seed: int) -> Tree:
-    read = uniter.load(path, heads, **names).params
-    words, types = (
-        len(np.asarray(params["embeddings"][f"{table}_embedding"]["embedding"]))
-        for table in ("token", "type")
-    )
-    return uniter.enlarge(read, words, types, seed)
+def _rows(params: Tree, table: str) -> int:
+    return len(np.asarray(params["embeddings"][f"{table}_embedding"]["embedding"]))
+
+
+def _check_words(read: Tree, params: Tree, source: str) -> None:
+    """Another vocabulary shows by its size alone; VCR's persons may be new."""
+    found, own = _rows(read, "token"), _rows(params, "token")
+    if own - found not in (0, UNITER_PERSONS):
+        raise ValueError(
+            f"{source}: a table of {found} words, but data.student_tokenizer gives the student {own}: another "
+            f"vocabulary (only the {UNITER_PERSONS} persons of VCR may come on top)"
+        )
 
 
 def _vl_bert(path: Path, params: Tree, heads: tuple[str, ...], names: Mapping[str, Any]) -> Tree:

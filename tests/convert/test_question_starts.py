@@ -78,6 +78,22 @@ def test_a_start_covers_the_student(kind, source, start):
         start(kind, source, held_by(kind, source, layers=3), params)
 
 
+@pytest.mark.parametrize("source", ["file", "bert"])
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("more", [-1, 25])
+def test_the_words_of_another_vocabulary_are_refused(kind, source, more, start):
+    said = f"a table of 30 words, but data.student_tokenizer gives the student {30 + more}"
+    with pytest.raises(ValueError, match=said):
+        start(kind, source, held_by(kind, source), student(kind, vocab_size=30 + more))
+
+
+@pytest.mark.parametrize("source", ["file", "bert"])
+def test_vcrs_persons_are_new_words(source, start):
+    held = held_by("uniter", source)
+    words = start("uniter", source, held, student("uniter", vocab_size=30 + 81))["embeddings"]
+    same(words["token_embedding"]["embedding"][:30], held["embeddings"]["token_embedding"]["embedding"])
+
+
 def test_heads_of_a_stage(start):
     """Those that it lacks stay as initialised, with the vectors that only they need."""
     params, held = student("vl_bert", "mrc", "itm"), student("vl_bert", "itm", "mlm", seed=1)
