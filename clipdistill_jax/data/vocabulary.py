@@ -184,7 +184,7 @@ def read_vocabulary(path: str | os.PathLike[str]) -> AnswerVocabulary:
     if path.suffix != ".json":
         lines = (line.strip().lower() for line in checked.read_text(path).splitlines())
         return _vocabulary([line for line in lines if line], path)
-    data = checked.read_json(path)
+    data = checked.read_json(path, unique=True)
     if isinstance(data, dict):
         if not all(type(k) is int for k in data.values()) or sorted(data.values()) != list(range(len(data))):
             raise FormatError(f"{path}: the classes of a map of {len(data)} answers should be 0, 1, 2, ...")

@@ -301,6 +301,7 @@ def test_vocabulary_files(tmp_path):
     ("text", "part"),
     [
         ('["a", "b", "a"]', "answer 2: the id 'a' was already in"),
+        ('{"a": 2, "b": 1, "a": 0}', "'a' occurs twice"),
         ('{"a": 0, "b": 2}', "should be 0, 1, 2"),
         ('{"a": 0, "b": true}', "should be 0, 1, 2"),
         ('["a", 3]', "expected a list of answers"),

@@ -4,7 +4,9 @@ import csv
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +34,21 @@ def read_text(path: Path) -> str:
         raise FormatError(f"{path}, line {line}: {reason}") from error
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, *, unique: bool = False) -> Any:
     """Parses one JSON value.
+
+    Args:
+      path: the file.
+      unique: no object in it may have a name twice; else the last counts, as is usual.
 
     Raises:
       FileNotFoundError: the file is absent.
-      FormatError: it is not JSON, or a text in it is none; the message says so where the file ends too early.
+      FormatError: it is not JSON, a text in it is none, or a name occurs twice; the message says so where
+        the file ends too early.
     """
     text = read_text(path)
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=partial(_unique, path) if unique else None)
         check_characters(value, text, str(path))
         return value
     except json.JSONDecodeError as error:
@@ -53,6 +60,14 @@ def read_json(path: Path) -> Any:
         ) from error
     except RecursionError as error:
         raise FormatError(f"{path}: the JSON is nested too deeply") from error
+
+
+def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise FormatError(f"{path}: {twice!r} occurs twice")
+    return found
 
 
 def check_characters(value: Any, text: str, where: str) -> None:

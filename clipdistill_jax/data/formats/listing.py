@@ -155,6 +155,23 @@ def is_index(value: Any, limit: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < limit
 
 
+def is_number(value: Any) -> bool:
+    """Whether value is a number (no bool) that single precision can hold, or NaN."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and not abs(value) > 1e38
+
+
+def whole_number(record: Any, name: str, where: str) -> int:
+    """`record[name]`, which must be a whole number from 0 that 63 bits can hold.
+
+    Raises:
+      FormatError: it is absent or anything else.
+    """
+    value: int = checked.field(record, name, int, where)
+    if not is_index(value, 2**63):
+        raise FormatError(f"{where}: the field {name!r} should be a number from 0, found {value!r:.40}")
+    return value
+
+
 def _split_record(example: Example) -> tuple[str, str]:
     file, _, record = example.record.partition(", ")
     return file, f"{record}, id {example.example_id!r}"

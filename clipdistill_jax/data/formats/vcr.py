@@ -21,7 +21,15 @@ from jaxtyping import Float32
 
 from clipdistill_jax.data.formats import checked
 from clipdistill_jax.data.formats.clips import FormatError
-from clipdistill_jax.data.formats.listing import Listing, inside, is_index, make_listing, read_jsonl
+from clipdistill_jax.data.formats.listing import (
+    Listing,
+    inside,
+    is_index,
+    is_number,
+    make_listing,
+    read_jsonl,
+    whole_number,
+)
 from clipdistill_jax.data.regions import check_boxes
 
 FILES = {"train": "train.jsonl", "validation": "val.jsonl", "test": "test.jsonl"}
@@ -158,17 +166,17 @@ def read_boxes(record: VcrRecord) -> VcrBoxes:
         raise FormatError(
             f"{where}: the field 'names' is {names}, but the record's 'objects' are {list(record.objects)}"
         )
-    width, height = (checked.field(data, name, int, where) for name in ("width", "height"))
+    width, height = (whole_number(data, name, where) for name in ("width", "height"))
     boxes = checked.field(data, "boxes", list, where)
     rows = [row for row in boxes if isinstance(row, list) and len(row) == 5]
     if len(rows) != len(names) or len(boxes) != len(names):
         raise FormatError(
             f"{where}: the field 'boxes' should have {len(names)} rows x1, y1, x2, y2, score, one a name"
         )
-    try:
-        values = np.array(rows, np.float32)[:, :4]
-    except (TypeError, ValueError) as error:
-        raise FormatError(f"{where}: the field 'boxes' should hold numbers: {error}") from error
+    for k, row in enumerate(rows):
+        if not all(map(is_number, row)):
+            raise FormatError(f"{where}: the field 'boxes' should hold numbers, but row {k} is {row!r:.80}")
+    values = np.array(rows, np.float32)[:, :4]
     size = (float(width), float(height))
     check_boxes(values, size, where)
     return VcrBoxes(values, size)

@@ -15,14 +15,13 @@ from typing import Any
 
 from clipdistill_jax.data.formats import checked
 from clipdistill_jax.data.formats.clips import FormatError
-from clipdistill_jax.data.formats.listing import Listing, is_index, make_listing
+from clipdistill_jax.data.formats.listing import Listing, make_listing, whole_number
 
 SUBSETS = {"train": "train2014", "validation": "val2014", "test": "test2015"}
 IMAGE_FOLDERS = {"train2014": "train2014", "val2014": "val2014"} | dict.fromkeys(
     ("test2015", "test-dev2015"), "test2015"
 )
 NUM_ANSWERS = 10
-_MAX_ID = 2**63
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,10 +100,10 @@ def read_questions(
     seen: dict[str, str] = {}
     for k, data in enumerate(listed):
         where = f"{questions}, questions[{k}]"
-        question_id = _number(data, "question_id", where)
+        question_id = whole_number(data, "question_id", where)
         checked.check_unique(str(question_id), where, seen)
         where += f", question_id {question_id}"
-        image_id = _number(data, "image_id", where)
+        image_id = whole_number(data, "image_id", where)
         question = " ".join(checked.field(data, "question", str, where).split())
         if not question:
             raise FormatError(f"{where}: the field 'question' is empty")
@@ -137,7 +136,7 @@ def _annotations(path: Path) -> dict[int, tuple[str, dict[str, Any]]]:
     notes = checked.field(checked.read_json(path), "annotations", list, f"{path}, top level")
     for k, note in enumerate(notes):
         where = f"{path}, annotations[{k}]"
-        question_id = _number(note, "question_id", where)
+        question_id = whole_number(note, "question_id", where)
         where += f", question_id {question_id}"
         if question_id in found:
             raise FormatError(f"{where}: the id was already in {found[question_id][0]}")
@@ -154,10 +153,3 @@ def _annotations(path: Path) -> dict[int, tuple[str, dict[str, Any]]]:
                 checked.field(note, name, str, where)
         found[question_id] = (where, {**note, "answers": texts})
     return found
-
-
-def _number(data: Any, name: str, where: str) -> int:
-    value = checked.field(data, name, int, where)
-    if not is_index(value, _MAX_ID):
-        raise FormatError(f"{where}: the field {name!r} should be a number from 0, found {value!r}")
-    return value

@@ -80,7 +80,8 @@ class BottomUpTsv(Mapping[str, Regions]):
 
     def _regions(self, row: dict[str, bytes], where: str) -> Regions:
         try:
-            width, height, count = (int(row[name]) for name in ("image_w", "image_h", "num_boxes"))
+            width, height = float(row["image_w"]), float(row["image_h"])
+            count = int(row["num_boxes"])
         except ValueError as error:
             raise FormatError(
                 f"{where}: image_w, image_h and num_boxes should be numbers: {error}"
@@ -92,7 +93,7 @@ class BottomUpTsv(Mapping[str, Regions]):
         return make_regions(
             decode(row["features"], count, f"{where}, 'features'"),
             decode(row["boxes"], count, f"{where}, 'boxes'"),
-            (float(width), float(height)),
+            (width, height),
             where,
             width=self._width,
             **extra,

@@ -11,7 +11,7 @@ from jaxtyping import Float32, Int32
 
 from clipdistill_jax.data.formats import checked
 from clipdistill_jax.data.formats.clips import FormatError
-from clipdistill_jax.data.formats.listing import is_index
+from clipdistill_jax.data.formats.listing import is_index, is_number
 from clipdistill_jax.data.regions import check_boxes
 
 
@@ -43,11 +43,11 @@ class BoxFile:
           classes: their names; empty: the boxes have none.
 
         Raises:
-          FileNotFoundError, FormatError: the file is absent or no such object.
+          FileNotFoundError, FormatError: the file is absent or no such object, or an image occurs twice.
         """
         self._path = path
         self._ids = {name: k for k, name in enumerate(classes)}
-        self._rows = checked.read_json(path)
+        self._rows = checked.read_json(path, unique=True)
         if not isinstance(self._rows, dict):
             raise FormatError(f"{path}: expected an object {{image name: [boxes]}}")
 
@@ -89,7 +89,7 @@ class BoxFile:
             ids = np.array([-1], np.int32) if self._ids else None
             return Boxes(file, np.array([[0, 0, 1, 1]], np.float32), np.ones(1, np.float32), ids)
         for k, row in enumerate(rows):
-            if not (isinstance(row, list) and 4 <= len(row) <= 6 and all(map(_is_number, row[:5]))):
+            if not (isinstance(row, list) and 4 <= len(row) <= 6 and all(map(is_number, row[:5]))):
                 raise FormatError(
                     f"{where}, box {k}: expected x1, y1, x2, y2, confidence, class; {row!r:.80}"
                 )
@@ -134,7 +134,3 @@ def read_classes(path: str | os.PathLike[str]) -> tuple[str, ...]:
 def fractions(corners: Float32[np.ndarray, "n 4"], size: tuple[float, float]) -> Float32[np.ndarray, "n 4"]:
     """Corners as fractions of the image; what a box sticks out, little once it is checked, is cut off."""
     return np.clip(corners / np.array([*size, *size], np.float32), 0, 1)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from clipdistill_jax.data.formats import checked
 from clipdistill_jax.data.formats.clips import FormatError
+from clipdistill_jax.data.formats.listing import whole_number
 from clipdistill_jax.data.regions import MissingRegions, Regions, make_regions
 from clipdistill_jax.data.regions.encoded import decode
 
@@ -22,7 +23,7 @@ def read_json(path: str | os.PathLike[str], *, width: int | None = WIDTH) -> Reg
     path = Path(path)
     data = checked.read_json(path)
     image_w, image_h, count = (
-        checked.field(data, name, int, str(path)) for name in ("image_w", "image_h", "num_boxes")
+        whole_number(data, name, str(path)) for name in ("image_w", "image_h", "num_boxes")
     )
     if str(data.get("image_id", path.stem)) != path.stem:
         raise FormatError(f"{path}: the field 'image_id' is {data['image_id']!r}, another image's")

@@ -63,6 +63,7 @@ def edited(column: int, value: str) -> list[list[str]]:
 TSV_DAMAGE = {
     "swapped sides": (edited(1, "200"), ["line 2, image '1'", "leaves the image of 200 x 480"]),
     "no number": (edited(2, "x"), ["line 2, image '1'", "image_h", "should be numbers"]),
+    "too large": (edited(1, "9" * 400), ["line 2, image '1'", "the size inf x 480.0"]),
     "another count": (edited(3, "7"), ["line 2", "'features'", "do not make 7 rows"]),
     "no regions": (edited(3, "0"), ["line 2", "'features'", "do not make 0 rows"]),
     "not base64": (edited(4, "a*b="), ["line 2", "'boxes': not base64"]),

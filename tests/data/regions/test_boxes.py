@@ -113,6 +113,8 @@ def test_grid(tree):
         ([[0, 0, 1, 1], [9, 0, 8, 1]], ["box 1", "x1 <= x2"]),
         ([[0, 0, 1]], ["box 0", "expected x1, y1, x2, y2"]),
         ([[0, 0, 1, "2"]], ["box 0", "expected x1, y1, x2, y2"]),
+        ([[0, 0, 1, 1], [0, 0, 1, 10**400]], ["box 1", "expected x1, y1, x2, y2"]),
+        ([[0, 0, 1, 1e300]], ["box 0", "expected x1, y1, x2, y2"]),
         ([[0, 0, 1, 1, 3]], ["box 0", "confidence 3"]),
         ([[0, 0, 1, 1, 1, 5]], ["have classes", "give the list"]),
         ({"boxes": []}, ["expected a list of boxes"]),
@@ -138,6 +140,9 @@ def test_names_of_the_box_file(tree, tmp_path):
         plan(tree, path)
     path = write_boxes(tmp_path / "b.json", {"m/b.jpg": []})
     with pytest.raises(FormatError, match=r"no boxes of 1 of 2 images, the first 'm/a\.jpg'"):
+        plan(tree, path)
+    (tmp_path / "b.json").write_text('{"m/a.jpg": [], "m/b.jpg": [], "m/a.jpg": [[0, 0, 1, 1]]}')
+    with pytest.raises(FormatError, match=r"b\.json: 'm/a\.jpg' occurs twice"):
         plan(tree, path)
     (tmp_path / "b.json").write_text("[]")
     with pytest.raises(FormatError, match="expected an object"):

@@ -43,7 +43,8 @@ def test_json(tmp_path):
         ({"num_boxes": 3}, ["'features'", "160 bytes do not make 3 rows"]),
         ({"image_id": 8}, ["'image_id' is 8, another image's"]),
         ({"image_box_feature": b64(np.ones(9, np.float32))}, ["'image' should be [8], found [9]"]),
-        ({"image_w": -1}, ["-1.0 x 480.0"]),
+        ({"image_w": -1}, ["'image_w' should be a number from 0, found -1"]),
+        ({"image_h": 10**400}, ["'image_h' should be a number from 0"]),
         ({"boxes": b64(np.full((5, 4), 700, np.float32))}, ["box 0 (700, 700, 700, 700) leaves"]),
     ],
 )
