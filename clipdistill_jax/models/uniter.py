@@ -81,7 +81,8 @@ class RegionEmbeddings(nn.Module):
         c = self.config
         self.features = nn.Dense(c.width, dtype=self.dtype, kernel_init=c.init)
         self.locations = nn.Dense(c.width, dtype=self.dtype, kernel_init=c.init)
-        self.ln_features, self.ln_locations, self.ln = (layer_norm(c.ln_eps, self.dtype) for _ in range(3))
+        self.ln_features, self.ln_locations = (layer_norm(c.ln_eps, jnp.float32) for _ in range(2))
+        self.ln = layer_norm(c.ln_eps, self.dtype)
         # Row 0, of regions that are not hidden, is 0 in UNITER; it is kept for its checkpoints and not read.
         self.mask_embedding = nn.Embed(2, c.feature_width, dtype=self.dtype, embedding_init=c.init)
 
@@ -91,26 +92,33 @@ class RegionEmbeddings(nn.Module):
         locations: Float[Array, "n r 7"],
         types: Float[Array, " c"],
         masked: Bool[Array, "n r"] | None = None,
-        delta: Float[Array, "n r f"] | None = None,
-    ) -> Float[Array, "n r c"]:
-        """Embeddings of N images' R regions.
+        delta: Float[Array, "m r f"] | None = None,
+    ) -> Float[Array, "m r c"]:
+        """Embeddings of N images' R regions, in float32 but for the products and the last norm's output.
 
         Args:
           regions: raw features; those of hidden regions are not read.
           locations: as `locations` gives them.
           types: the vector of the region type.
           masked: True where a region is hidden behind the mask's vector.
-          delta: added to the raw features, hidden or not (VILLA).
+          delta: added to the raw features, hidden or not (VILLA), M / N for each image; else M is N.
         """
         x = regions.astype(self.dtype)
         hidden = self.mask_embedding(jnp.ones((), jnp.int32))  # also at init, so that it is made
         if masked is not None:
             x = jnp.where(masked[..., None], hidden, x)
+        x, places = self.features(x), self.ln_locations(self.locations(locations))
         if delta is not None:
-            x = x + delta.astype(self.dtype)
-        return self.ln(
-            self.ln_features(self.features(x)) + self.ln_locations(self.locations(locations)) + types
-        )
+            # By itself, for in bfloat16 noise as small as VILLA's would be rounded off the features.
+            noise = jnp.einsum(
+                "nrf,fc->nrc",
+                delta.astype(self.dtype),
+                self.kernel().astype(self.dtype),
+                preferred_element_type=jnp.float32,
+            )
+            copies = len(delta) // len(regions)
+            x, places = each_choice(x, copies) + noise, each_choice(places, copies)
+        return self.ln(self.ln_features(x) + places + types)
 
     def kernel(self) -> Float[Array, "f c"]:
         """The kernel on the features, once they have been embedded."""
@@ -154,20 +162,20 @@ class Uniter(JointModel):
             raise ValueError(f"{t} tokens a text, but UNITER has {self.config.context_length} positions")
         e = self.embeddings
         text = e.token_embedding(fold(batch["tokens"]))
-        if "token_delta" in batch:
-            text = text + fold(batch["token_delta"]).astype(self.dtype)
+        if "token_delta" in batch:  # added in float32, as the regions' is
+            text = text + fold(batch["token_delta"])
         text = text + e.position_embedding(jnp.arange(t)) + e.type_embedding(fold(batch["types"]))
 
-        regions, masked = jnp.asarray(batch["regions"]), batch.get("masked_regions")
-        places = locations(batch["region_boxes"], batch["image_size"])
-        region_type = e.type_embedding(jnp.asarray(REGION_TYPE))
-        masked = None if masked is None else jnp.asarray(masked)
-        if "region_delta" in batch:  # the texts of an example no longer see one image
-            regions, places = each_choice(regions, choices), each_choice(places, choices)
-            masked = None if masked is None else each_choice(masked, choices)
-            image = self.region_embeddings(regions, places, region_type, masked, fold(batch["region_delta"]))
-        else:
-            image = each_choice(self.region_embeddings(regions, places, region_type, masked), choices)
+        delta, masked = batch.get("region_delta"), batch.get("masked_regions")
+        image = self.region_embeddings(
+            jnp.asarray(batch["regions"]),
+            locations(batch["region_boxes"], batch["image_size"]),
+            e.type_embedding(jnp.asarray(REGION_TYPE)),
+            None if masked is None else jnp.asarray(masked),
+            None if delta is None else fold(delta),
+        )
+        if delta is None:  # with noise, the texts of an example no longer see one image
+            image = each_choice(image, choices)
         image = self.region_drop(image, deterministic=not train)
         mask = jnp.concatenate(
             [fold(batch["token_mask"]), each_choice(batch["region_mask"], choices)], axis=1

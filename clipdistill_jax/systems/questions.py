@@ -43,6 +43,7 @@ from clipdistill_jax.train.accumulate import apply_in_chunks
 QUESTIONS = {"vcr": "vcr", "snli_ve": "ve", "vqa": "vqa"}  # data format -> the head that answers
 CHOICES = {"vcr": 4, "snli_ve": 1, "vqa": 1}  # texts of a question
 LOSSES = {"uniter": "pairs", "vl_bert": "sigmoid"}  # of VCR, as published
+DELTAS = {adversarial.WORDS: "token_delta", adversarial.REGIONS: "region_delta"}  # the student's inputs
 Forward = Callable[[Any, Any, Batch, Any], tuple[Features, Any]]
 
 
@@ -260,7 +261,7 @@ class QuestionSystem:
 
         def run(one_pass, params, model_state, batch, rng, step, targets):  # see objective.Adversary
             def loss(params, noise, clean, key, batch, targets, step):
-                noisy = {**batch, "token_delta": noise["words"], "region_delta": noise["regions"]}
+                noisy = {**batch, **{DELTAS[name]: x for name, x in noise.items()}}
                 disturbed = adversarial.with_divergence(task, settings, clean)
                 value, (metrics, _, features) = one_pass(
                     lambda features, batch: disturbed(self._answered(features), batch),

@@ -187,12 +187,13 @@ def with_divergence(task: Task, settings: Adversarial, clean: Array | None) -> T
 def move(settings: Adversarial, noise: Noise, gradient: Noise) -> Noise:
     """The noise after a step up its gradient: noise + step * gradient / |gradient|, within `max_norm`.
 
-    The norms are over the last two axes, tokens and channels, at least 1e-8; in float32.
+    The norms are over the last two axes, tokens and channels, in float32. VILLA's floor of 1e-8 under them is
+    of gradients that apex has scaled up; of a mean over a large batch it would shorten the steps.
     """
     moved = {}
     for name, old in noise.items():
         new = old + settings.sizes[name] * gradient[name] / jnp.maximum(
-            _length(gradient[name], settings.norm), 1e-8
+            _length(gradient[name], settings.norm), 1e-18
         )
         if settings.max_norm and settings.norm == "l2":
             length = _length(new, "l2")

@@ -103,6 +103,26 @@ def embeddings_of(params, batch, example, choice):
     return np.stack(rows)
 
 
+@pytest.mark.parametrize(
+    "name, shape, size", [("token_delta", (2, 3, 7, 256), 0.003), ("region_delta", (2, 3, 4, 2048), 0.1)]
+)
+def test_in_bfloat16_small_noise_is_not_rounded_off(name, shape, size):
+    """Each number moves by whole bfloat16 steps or not at all: on average they move as in float32."""
+    config = dataclasses.replace(CONFIG, width=256, feature_width=2048)
+    rng, batch = np.random.default_rng(0), cases.make_batch(config.vocab_size, config.types)
+    batch["regions"] = rng.normal(size=(2, 4, 2048)).astype(np.float32)
+    noise = rng.normal(size=shape)
+    noise *= size / np.linalg.norm(noise, axis=(-2, -1), keepdims=True)
+    params, moved = cases.random_params(Uniter(config)), []
+    for dtype in (jnp.float32, jnp.bfloat16):
+        model = Uniter(config, dtype=dtype)
+        embed = jax.jit(lambda p, x, model=model: model.apply({"params": p}, x, method="embed")[0])
+        pair = [embed(params, {**batch, name: jnp.asarray(x, jnp.float32)}) for x in (noise, 0 * noise)]
+        moved.append(np.subtract(*(np.asarray(x, np.float64) for x in pair)))
+    exact, rounded = moved
+    assert (exact * rounded).sum() / (exact**2).sum() == pytest.approx(1, abs=0.1)
+
+
 @pytest.mark.parametrize("extras", ["none", "masked and deltas"])
 def test_embeddings_equal_numpy(params, batch, extras):
     rng = np.random.default_rng(5)

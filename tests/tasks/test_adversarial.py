@@ -263,6 +263,12 @@ def test_an_example_that_no_loss_sees_keeps_no_noise():
     np.testing.assert_allclose(largest[1, 2], [0.375, 0.0, 0.5, 0.0], rtol=1e-6)
 
 
+def test_a_step_is_whole_however_small_the_gradient_of_a_mean():
+    gradient = {"words": jnp.full((1, 3, 4), 1e-12)}
+    moved = move(Adversarial(0.5), {"words": jnp.zeros((1, 3, 4))}, gradient)["words"]
+    np.testing.assert_allclose(moved, 0.5 / np.sqrt(12), rtol=1e-6)
+
+
 def test_choices_are_steps_of_their_own():
     gradient = {"words": jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 3, 5)), jnp.float32)}
     moved = move(Adversarial(0.5), {"words": jnp.zeros((2, 4, 3, 5))}, gradient)["words"]
