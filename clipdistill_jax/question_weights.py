@@ -36,7 +36,8 @@ def read_question_start(
       config: of the student; a BERT must compute as it says.
 
     Of a stage, the heads that the student does not have are left, and those that it has more stay as
-    initialised; of a BERT, all that no BERT has. Everything else must be given or be named as missing.
+    initialised, but for `vl_bert.start_heads`; of a BERT, all that no BERT has. Everything else must be given
+    or be named as missing.
 
     Raises:
       FileNotFoundError: it is not there.
@@ -74,6 +75,8 @@ def _from_stage(read: Tree, params: Tree, kind: str, source: str) -> Tree:
     tables = KINDS[kind].HEADS.values()
     heads = {path.split("/")[0] for table in tables for rule in table for path in rule.ours}
     kept = {part: value for part, value in read.items() if part in params or part not in heads}
+    if kind == "vl_bert":
+        kept = vl_bert.start_heads(read, params) | kept
     return partial.fill(kept, params, source, [f"{part}/" for part in heads - read.keys()])
 
 
@@ -97,8 +100,8 @@ def _check_words(read: Tree, params: Tree, source: str) -> None:
     found, own = _rows(read, "token"), _rows(params, "token")
     if own - found not in (0, UNITER_PERSONS):
         raise ValueError(
-            f"{source}: a table of {found} words, but data.student_tokenizer gives the student {own}: another "
-            f"vocabulary (only the {UNITER_PERSONS} persons of VCR may come on top)"
+            f"{source}: a table of {found} words, but data.student_tokenizer gives the student {own}: "
+            f"another vocabulary (only the {UNITER_PERSONS} persons of VCR may come on top)"
         )
 
 

@@ -7,7 +7,7 @@ and VCR's model has `vlbert._module.` for `vlbert.`.
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,6 +70,7 @@ PRETRAINING = (
 # The heads' starts from a pretrained file, for `renamed` (cfgs/vcr/*.yaml, cfgs/vqa/*.yaml).
 VCR_START = {"vlbert.mvrc_head.transform.": "cnn_loss_reg.0."}
 VQA_START = {"vlbert.mlm_head.predictions.transform.": "final_mlp.0."}
+STARTS = {"objects": "mrc", "vqa": "mlm"}  # the same in ours: head -> the one with the same transform
 
 
 class Checkpoint(NamedTuple):
@@ -178,6 +179,17 @@ def to_state_dict(
         state |= {copy: state[name] for copy, name in TIES.items()}
     inner = "vlbert._module." if time_distributed else "vlbert."
     return {prefix + re.sub(r"^vlbert\.", inner, name): x for name, x in state.items()}
+
+
+def start_heads(read: Mapping[str, Any], wanted: Iterable[str]) -> dict[str, Any]:
+    """Heads as `VCR_START` and `VQA_START` start them, from parameters with the heads of pretraining.
+
+    Args:
+      read: parameters.
+      wanted: heads, among others.
+    """
+    starts = {head: of for head, of in STARTS.items() if head in wanted and of in read}
+    return {head: {"transform": read[of]["transform"]} for head, of in starts.items()}
 
 
 def share_segments(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -107,6 +107,22 @@ def test_heads_of_a_stage(start):
         start("uniter", "stage", held, student("uniter"))
 
 
+@pytest.mark.parametrize("head, of", [("objects", "mrc"), ("vqa", "mlm")])
+def test_vl_berts_heads_start_alike_from_a_file_and_from_a_stage(head, of, start):
+    """With the transforms of pretraining's heads."""
+    params, held = student("vl_bert", head), student("vl_bert", "mrc", "mlm", waves=256, seed=1)
+    wide = student("vl_bert", head, waves=256)  # as all files
+    names = dict(missing=("final_mlp.2.", "cnn_loss_reg.2."), unused=vl_bert.PRETRAINING)
+    from_file = start("vl_bert", "file", held, wide, **names)
+    held = held | student("vl_bert")
+    from_stage = start("vl_bert", "stage", held, params)
+    for made, of_student in ((from_file, wide), (from_stage, params)):
+        same(made[head]["transform"], held[of]["transform"])
+        same(made[head]["out"], of_student[head]["out"])
+    again = student("vl_bert", head, seed=2)
+    same(start("vl_bert", "stage", again | {of: held[of]}, params)[head], again[head])  # its own goes first
+
+
 def test_what_a_file_lacks_must_be_named(start):
     params, held = student("uniter", "vcr"), student("uniter", "mlm", seed=1)
     names = dict(missing=("vcr_output.",), unused=("cls.",))
