@@ -156,9 +156,11 @@ def cut(
             skip[row, part], keep[row, part] = dropped, count - dropped
             over -= dropped
         keep[row, said[-1]] -= max(over, 0)
-        part = next(part for part in said if keep[row, part])
-        word = encoded.words[encoded.starts[parts[row, part]] + skip[row, part]]
-        first[row] = int(word_counts[row, :part].sum()) + int(word)
+        # The choice comes first also where all of the context is dropped, and the choice has no token.
+        part = next((part for part in said if keep[row, part]), said[-1])
+        first[row] = word_counts[row, :part].sum()
+        if keep[row, part]:
+            first[row] += encoded.words[encoded.starts[parts[row, part]] + skip[row, part]]
     return Cut(skip, keep, first)
 
 

@@ -179,9 +179,11 @@ class QuestionSplit:
             words = self._word_counts[parts]
             template = self._reading.student.templates[KINDS[kind]]
             fitted = cut(self._student, parts, words, template, self._reading.max_tokens)
-            shift = fitted.first
+            # Every word that is numbered has a slot, here and at CLIP, though it have no token.
+            slots = self._reading.max_tokens
             if self._clip is not None:
-                shift = np.maximum(shift, words.sum(1) - self._reading.clip_tokens)
+                slots = min(slots, self._reading.clip_tokens)
+            shift = np.maximum(fitted.first, words.sum(1) - slots)
             if student:
                 special = self._reading.student.special_tokens
                 rows = lay_out(self._student, parts, words, template, special, fitted, shift, length)

@@ -156,7 +156,29 @@ def test_one_text_by_hand(bert, clip, tmp_path):
         assert [row[:2] for row in rows(arrays(split, 1), 0, bert)] == text
 
 
-TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Zs", "Zl", "Zp", "Cc"]), max_size=8)
+def test_words_without_a_token(bert, clip, tmp_path):
+    """BERT drops control characters; the words that they are have a number all the same."""
+    items = [
+        question("qa", [("whyisnear" * 9,)], [("\0",), ("yes",)]),  # nothing of the first is left
+        question("qa", [()], [("\0", "why", "\1") * 8, ("\0", "yes")]),  # 24 words, 8 tokens
+    ]
+    for name, teacher in (("alone", None), ("taught", clip)):
+        folder = tmp_path / name
+        folder.mkdir()
+        split = open_split(folder, items, reading("uniter", bert, teacher, 12, 40))
+        found = split.text(np.arange(2), 12, student=True, clip=teacher is not None)
+        ids, mask = found["word_ids"], found["token_mask"]
+        assert mask.sum(2).tolist() == [[3, 4], [11, 4]] and ids.max() < 12
+        # The context is gone, so word 0 is the choice's first.
+        assert ids[0].max(1).tolist() == [-1, 0]
+        # Of 24 words the last 12 are numbered.
+        assert ids[1, 0][ids[1, 0] >= 0].tolist() == [1, 4, 7, 10] and ids[1, 1].max() == 1
+        assert (split.lengths[:, 0] == 12).all()
+        if teacher is not None:
+            assert found["clip_word_ids"][1, 0].max() == 11 and found["importance"][1, 0, 12:].max() == 0
+
+
+TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Zs", "Zl", "Zp"]), max_size=8)
 TAG = st.lists(st.integers(0, 3), min_size=1, max_size=2).map(tuple)
 PLAIN = st.lists(TEXT.filter(lambda t: t.strip()), max_size=8).map(tuple)
 TAGGED = st.lists(TEXT.filter(lambda t: t.strip()) | TAG, max_size=8).map(tuple)
@@ -241,7 +263,7 @@ def test_word_i_is_the_same_word_for_both(bert, clip, kind, q, a, r, clip_text):
             clips = {i + context: ids for i, ids in clips.items()}
         # Words are counted from the first that the student keeps, if it drops any, or from the 20th last.
         whole = slow_row(names, bert, student.special_words, 0, 10**6)
-        first = min(theirs) if sum(map(len, whole.values())) > room else 0
+        first = min(theirs, default=context) if sum(map(len, whole.values())) > room else 0
         shift = max(first, len(names) - 20)
         for name, expected in (("", theirs), ("clip_", clips)):
             tokens, words = found[f"{name}tokens"][choice], found[f"{name}word_ids"][choice]
