@@ -56,8 +56,9 @@ def stage(**fields: Any) -> ConfigDict:
             model="",  # "teacher" or "student": a section of the config
             temporal="",  # another kind of temporal head than the model's
             # Where weights start: "stage:NAME", a file, a directory, a hub id; temporal may also be "text".
-            # Of a file for a student of questions, names' beginnings that may be missing, or are not used.
-            init=dict(model="", text="", vision="", temporal="", missing=(), unused=()),
+            # For a student of questions: beginnings of names that may be missing in a file, or are not used;
+            # the BERT (a directory, a hub id) whose pooler is taken where a file has none, as VL-BERT's.
+            init=dict(model="", text="", vision="", temporal="", missing=(), unused=(), pooler=""),
             teacher="",  # the stage to learn from
             # Raw CLIP, for local alignment: the teacher's towers without a head, of "stage:NAME" or files.
             clip="",

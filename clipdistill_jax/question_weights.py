@@ -13,6 +13,7 @@ from clipdistill_jax.weights import STAGE, find_stage, stage_variables
 
 Tree = dict[str, Any]
 KINDS = {"uniter": uniter, "vl_bert": vl_bert}
+POOLERS = ("uniter.pooler.", "vlbert.pooler.")  # names in files
 
 
 def read_question_start(
@@ -28,7 +29,8 @@ def read_question_start(
     Args:
       init: `model`: "stage:NAME", a `.pt` or `.model` file of the student's kind, a Hugging Face directory or
         hub id of BERT, or "" for none; `missing` and `unused`: beginnings of names of tensors of a file that
-        may be absent, or are not to be read (the head of the answers; those of pretraining).
+        may be absent, or are not to be read (the head of the answers; those of pretraining); `pooler`: the
+        BERT whose pooler is taken where `model` has none.
       params: of the student as initialised, host arrays.
       kind: "uniter" or "vl_bert".
       runs: see `weights.find_stage`.
@@ -52,13 +54,15 @@ def read_question_start(
         return _from_stage(read, params, kind, source)
     path, layers = Path(source).expanduser(), len(params["encoder"])
     names: dict[str, Any] = {field: tuple(init.get(field, ())) for field in ("missing", "unused")}
+    if init.get("pooler"):
+        names["missing"] += POOLERS
     if not path.is_file():
         theirs, read = hf_bert.load(source)
         if config:
             _check_same(theirs, config, source)
         _check_words(read, params, source)
         fresh = partial.paths(hf_bert.rules(layers), names["missing"])
-        return partial.start_from_bert(read, params, source, fresh)
+        return partial.start_from_bert(_with_pooler(read, init), params, source, fresh)
     heads = tuple(name for name in KINDS[kind].HEADS if name in params)
     fresh = partial.paths(KINDS[kind].rules(layers, heads), names["missing"])
     if kind == "uniter":
@@ -68,7 +72,7 @@ def read_question_start(
     _check_words(read, params, source)
     if kind == "uniter":
         read = uniter.enlarge(read, _rows(params, "token"), _rows(params, "type"), seed)
-    return partial.fill(read, params, source, fresh)
+    return partial.fill(_with_pooler(read, init), params, source, fresh)
 
 
 def _from_stage(read: Tree, params: Tree, kind: str, source: str) -> Tree:
@@ -89,6 +93,12 @@ def _check_same(theirs: BertConfig, config: BertConfig, source: str) -> None:
     ]
     if wrong:
         raise ValueError(f"{source}: config.json: {'; '.join(wrong)}: the student would not compute as it")
+
+
+def _with_pooler(read: Tree, init: Mapping[str, Any]) -> Tree:
+    if "pooler" in read or not init.get("pooler"):
+        return read
+    return {**read, "pooler": hf_bert.load(init["pooler"], pooler=True)[1]["pooler"]}
 
 
 def _rows(params: Tree, table: str) -> int:

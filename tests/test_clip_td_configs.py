@@ -176,6 +176,10 @@ def test_where_weights_and_clip_come_from():
     )
     assert config["stages"]["finetune"]["init"]["missing"] == ("vcr_output.",)
     assert config["stages"]["finetune"]["init"]["model"] == config["data"]["student_tokenizer"]
+    assert not config["stages"]["finetune"]["init"]["pooler"]  # UNITER's files have one
+    config = commands.read_config(f"{vcr.__file__}:vl_bert_base,af,100", ["--config.weights=vl.model"])
+    init = config["stages"]["pretrain"]["init"]
+    assert init["pooler"] == config["data"]["student_tokenizer"] == "google-bert/bert-base-uncased"
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,7 @@ def _pretrain(config: ConfigDict, run: Run, task: Task, method: Method) -> Confi
     known = dict(
         uniter=dict(missing=("itm_output.",)),  # which UNITER's second stage has not
         vl_bert=dict(
-            missing=("vlbert.pooler.", "vlbert.relationsip_head."),  # which VL-BERT does not train
+            missing=("vlbert.relationsip_head.",),  # which VL-BERT does not train
             unused=(*DETECTOR, "aux_text_visual_embedding."),
         ),
     )
@@ -230,17 +230,19 @@ def _stage(
 def _start(config: ConfigDict, stage: ConfigDict, known: Mapping[str, tuple[str, ...]]) -> None:
     stage.init.update(known)
     stage.init.model = config.get_ref("weights")
+    if config.student.kind == "vl_bert":  # its files have no pooler: BERT's, as [B] does
+        stage.init.pooler = config.data.get_ref("student_tokenizer")
 
 
 def _file(run: Run, task: Task) -> dict[str, tuple[str, ...]]:
     """What a published file lacks for finetuning, and what it has in excess."""
     if run.kind != "vl_bert":
         return dict(missing=(task.head,), unused=UNITER_HEADS)
-    missing, unused = ("vlbert.pooler.", "final_mlp."), (*DETECTOR, *VL_BERT_HEADS)
+    missing, unused = ("final_mlp.",), (*DETECTOR, *VL_BERT_HEADS)
     if task.format == "vcr":
-        missing = (*missing, "cnn_loss_reg.2.")  # classes of VCR's objects
+        missing = ("final_mlp.", "cnn_loss_reg.2.")  # classes of VCR's objects
     elif task.format == "vqa":
-        missing = ("vlbert.pooler.", "final_mlp.2.")  # the rest is the masked-language head's
+        missing = ("final_mlp.2.",)  # the rest is the masked-language head's
     else:
         unused = (*unused, "cnn_loss_reg.")
     return dict(missing=missing, unused=unused)

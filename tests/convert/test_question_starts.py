@@ -143,6 +143,27 @@ def test_a_bert_without_a_pooler_is_refused_unless_named(start):
     same(made["encoder"], bert["encoder"])
 
 
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_file_without_a_pooler_takes_that_of_a_bert(kind, start, tmp_path):
+    bert, wide = random_bert(**SIZES), {"waves": 256} if kind == "vl_bert" else {}
+    hf_bert.save(tmp_path / "other", BertConfig(**SIZES), bert)
+    whole, params = student(kind, seed=1, **wide), student(kind, **wide)
+    path = str(tmp_path / "x.safetensors")
+    theirs = MODELS[kind][2].to_state_dict(whole)
+    save_file({name: x for name, x in theirs.items() if "pooler" not in name}, path)
+    with pytest.raises(ValueError, match=r"missing: (uniter|vlbert)\.pooler\.dense\.bias, "):
+        read_question_start({"model": path}, params, kind, (), seed=0)
+    init = {"model": path, "pooler": str(tmp_path / "other")}
+    same(read_question_start(init, params, kind, (), seed=0), whole | {"pooler": bert["pooler"]})
+    save_file(theirs, path)
+    same(read_question_start(init, params, kind, (), seed=0), whole)  # the file's own goes first
+    del bert["pooler"]
+    hf_bert.save(tmp_path / "other", BertConfig(**SIZES), bert)
+    save_file({name: x for name, x in theirs.items() if "pooler" not in name}, path)
+    with pytest.raises(ValueError, match=r"other: .*missing: pooler\.dense\.bias"):
+        read_question_start(init, params, kind, (), seed=0)
+
+
 def test_a_bert_that_computes_otherwise_is_refused(start):
     other = dict(heads=4, ln_eps=1e-5, act="quick_gelu")
     said = (
