@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -52,14 +53,24 @@ class ImageFiles:
 
 
 def images_of(records: Sequence[Record], split: str, regions: RegionSource) -> list[ImageFiles]:
-    """The different images of a split, in the order in which the records name them."""
+    """The different images of a split, in the order in which the records name them.
+
+    Raises:
+      FormatError: two have the same regions; in VCR, frames of one name in two movies.
+    """
     by_path: dict[Path, list[Record]] = {}
     for record in records:
         by_path.setdefault(record.image, []).append(record)
-    return [
+    images = [
         ImageFiles(split, tuple(found), *region_names(found[0], split, regions.format))
         for found in by_path.values()
     ]
+    seen: dict[str, ImageFiles] = {}
+    for image in images:
+        first = seen.setdefault(image.detected[0], image)
+        if first is not image:
+            raise FormatError(f"{image.where} would have the regions {image.detected[0]} of {first.path}")
+    return images
 
 
 class ImageReader:
@@ -84,9 +95,18 @@ class ImageReader:
         self._regions, self._pictures, self._max_regions = regions, pictures, max_regions
         self._class_probs, self._allow_missing = class_probs, allow_missing
         every: Iterable[ImageFiles] = list(itertools.chain.from_iterable(images.values()))
+        for image in every:
+            regions.first_of(image.annotated)  # an error now where two folders have it
         # Where some VCR image has detections all must have them, or some would do without by mistake.
-        self._need_detected = any(regions.first_of(image.detected) for image in every)
+        found = [regions.first_of(image.detected) for image in every]
+        self._need_detected = any(found)
         names = {name for image in every for name in _objects(image)}
+        if names and not self._need_detected:
+            logging.warning(
+                "none of %d images has detected regions in %s: students see the annotated ones alone",
+                len(found),
+                regions.path,
+            )
         self.object_classes = ("__background__", *sorted(names)) if names else ()
         self._class_of = {name: k for k, name in enumerate(self.object_classes)}
 

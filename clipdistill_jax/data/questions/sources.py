@@ -13,6 +13,7 @@ from clipdistill_jax.data.regions import MissingRegions, Regions, join, most_con
 from clipdistill_jax.data.regions.bottom_up import BottomUpTsv
 from clipdistill_jax.data.regions.uniter import NpzFolder, UniterLmdb, coco_name, flickr_name, vcr_names
 from clipdistill_jax.data.regions.vl_bert import VlBertFolder
+from clipdistill_jax.data.workers import in_threads
 
 Record = VcrRecord | SnliVeRecord | VqaRecord
 THRESHOLD, MIN_COUNT = 0.2, 10  # UNITER's, of detections
@@ -33,7 +34,7 @@ class RegionSource:
     To be closed, `with` does it: a process can open an LMDB once at a time.
 
     Attributes:
-      fingerprint: hash of the names and sizes of the files.
+      fingerprint: hash of the names and sizes of the files, and of a sample of what they hold.
     """
 
     def __init__(self, path: str | os.PathLike[str], format: str, *, width: int | None):
@@ -46,7 +47,7 @@ class RegionSource:
 
         Raises:
           FileNotFoundError: there is no such file or folder, or no file of the format in it.
-          FormatError: a file is damaged.
+          FormatError: a file is damaged. Looking up what two of them hold raises it too.
           ValueError: there is no such format.
         """
         if format not in _OPEN:
@@ -60,33 +61,52 @@ class RegionSource:
                 f"{path} has no region features of the format {format!r} ({_FILES[format]})"
             )
         units = found if format == "tsv" else sorted({file.parent for file in found})
-        self._parts = [_OPEN[format](unit, width=width) for unit in units]
+        self._parts = {unit: _OPEN[format](unit, width=width) for unit in units}
         digest = hashlib.sha256(format.encode())
-        for file in found:
+        # More threads than cores, for many small files on a remote disk.
+        for file, sample in zip(found, in_threads(_sample, found, workers=16), strict=True):
             name = file.relative_to(self.path) if file != self.path else file.name
-            digest.update(f"{name} {file.stat().st_size}\n".encode("utf-8", "surrogateescape"))
+            digest.update(f"{name} {sample}\n".encode("utf-8", "surrogateescape"))
         self.fingerprint = digest.hexdigest()
 
     def __enter__(self) -> "RegionSource":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for part in self._parts:
+        for part in self._parts.values():
             if isinstance(part, UniterLmdb):
                 part.close()
 
     def __contains__(self, name: object) -> bool:
-        return any(name in part for part in self._parts)
+        return self._unit(name) is not None
 
     def __getitem__(self, name: str) -> Regions:
-        for part in self._parts:
-            if name in part:
-                return part[name]
-        raise MissingRegions(f"{self.path} has no {name}")
+        unit = self._unit(name)
+        if unit is None:
+            raise MissingRegions(f"{self.path} has no {name}")
+        return self._parts[unit][name]
+
+    def _unit(self, name: object) -> Path | None:
+        """The folder or file that holds a name. Raises FormatError where two do."""
+        units = [unit for unit, part in self._parts.items() if name in part]
+        if len(units) > 1:
+            raise FormatError(f"{name} is in {units[0]} and in {units[1]}: give the one that is meant")
+        return units[0] if units else None
 
     def first_of(self, names: Sequence[str]) -> str | None:
         """The first of these names that is there."""
         return next((name for name in names if name in self), None)
+
+
+def _sample(file: Path) -> str:
+    """The size, and a hash of a kilobyte in the middle and at the end, where npz have their checksums."""
+    size = file.stat().st_size
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        for place in (size // 2, max(size - 1024, 0)):
+            content.seek(place)
+            digest.update(content.read(1024))
+    return f"{size} {digest.hexdigest()}"
 
 
 def region_names(record: Record, split: str, format: str) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -262,6 +262,16 @@ def test_bad_records(copy, case):
     assert not (out / "manifest.json").exists()
 
 
+def test_annotated_regions_alone_are_said_so(copy, caplog):
+    """No detections at all can be meant, or be the wrong folder."""
+    tree, out = copy("vcr")
+    for path in (tree / "regions").glob("vcr_[!g]*.npz"):
+        path.unlink()
+    prepare("vcr", tree, out, clip_text="", workers=1)
+    assert f"none of {sum(VCR.values()) // 2} images has detected regions in {tree}" in caplog.text
+    assert read_images(out, "train")[1].tolist() == [4] * 6
+
+
 def test_too_many_objects_and_other_classes(copy):
     tree, out = copy("vcr")
     with pytest.raises(FormatError, match="3 objects, more than max_regions=2"):

@@ -1,6 +1,7 @@
 """Finding an image's regions in every file format, by UNITER's names, the file's and the dataset's."""
 
 import base64
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from clipdistill_jax.data.formats import FormatError
 from clipdistill_jax.data.formats.snli_ve import SnliVeRecord
 from clipdistill_jax.data.formats.vcr import VcrRecord
 from clipdistill_jax.data.formats.vqa import VqaRecord
+from clipdistill_jax.data.questions.images import images_of
 from clipdistill_jax.data.questions.sources import RegionSource, read_regions, region_names
 from clipdistill_jax.data.regions import MissingRegions
 from tests.data.questions.trees import WIDTH, region_arrays, write_regions
@@ -92,3 +94,41 @@ def test_annotated_regions_alone(tmp_path):
     again = RegionSource(tmp_path, "npz", width=WIDTH)
     assert again.fingerprint != source.fingerprint
     assert len(read_regions(again, *names, need_detected=True, **options)) == 4
+
+
+@pytest.mark.parametrize("format", ["npz", "tsv"])
+def test_fingerprint_follows_what_files_hold(tmp_path, format):
+    """Of the same names and sizes."""
+
+    def fingerprint(seed: int) -> str:
+        arrays = region_arrays(seed, 40, False, 64)
+        if format == "npz":
+            write_regions(tmp_path, "a.npz", **arrays)
+        else:
+            row = ["7", "1", "1", "40", b64(arrays["norm_bb"][:, :4]), b64(arrays["features"])]
+            (tmp_path / "some.tsv").write_text("\t".join(row) + "\n")
+        return RegionSource(tmp_path, format, width=64).fingerprint
+
+    first = fingerprint(3)
+    assert fingerprint(4) != first and fingerprint(3) == first
+
+
+def test_what_two_folders_have(tmp_path):
+    """Which is meant only the user knows; of names that nobody asks for it does not matter."""
+    for folder in ("a", "b"):
+        write_regions(tmp_path / folder, "vcr_train_a@0.npz", **region_arrays(0, 1, False))
+    write_regions(tmp_path / "b", "vcr_gt_train_a@0.npz", **region_arrays(0, 1, True))
+    source = RegionSource(tmp_path, "npz", width=WIDTH)
+    assert len(source["vcr_gt_train_a@0.npz"]) == 1
+    for ask in (source.__getitem__, source.__contains__, lambda name: source.first_of([name])):
+        with pytest.raises(FormatError, match=r"vcr_train_a@0\.npz is in .*/a and in .*/b: give the one"):
+            ask("vcr_train_a@0.npz")
+
+
+def test_frames_of_one_name_in_two_movies(tmp_path):
+    write_regions(tmp_path, "vcr_train_a@0.npz", **region_arrays(0, 1, False))
+    source = RegionSource(tmp_path, "npz", width=WIDTH)
+    other = dataclasses.replace(VCR, image=Path("n/a@0.jpg"), example_id="train-1", record="line 2")
+    assert len(images_of([VCR, VCR], "train", source)) == 1
+    with pytest.raises(FormatError, match=r"line 2, id 'train-1'.*n/a@0\.jpg would .* of m/a@0\.jpg"):
+        images_of([VCR, other], "train", source)
