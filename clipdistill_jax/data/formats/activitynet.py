@@ -82,7 +82,7 @@ def _read_ids(path: Path, paragraphs: dict[str, tuple[str, ...]], captions_file:
 
 def _read_paragraphs(path: Path, problems: list[Problem]) -> dict[str, tuple[str, ...]]:
     """id -> its paragraph. Empty sentences are noted and left out."""
-    data = checked.read_json(path)
+    data = checked.read_json(path, any_text=True)
     if not isinstance(data, dict):
         raise FormatError(f"{path}, top level: expected an object by id, found {type(data).__name__}")
     paragraphs: dict[str, tuple[str, ...]] = {}

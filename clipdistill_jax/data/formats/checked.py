@@ -34,11 +34,12 @@ def read_text(path: Path) -> str:
         raise FormatError(f"{path}, line {line}: {reason}") from error
 
 
-def read_json(path: Path, *, unique: bool = False) -> Any:
+def read_json(path: Path, *, any_text: bool = False, unique: bool = False) -> Any:
     """Parses one JSON value.
 
     Args:
       path: the file.
+      any_text: texts need not be valid Unicode; the caller looks at each.
       unique: no object in it may have a name twice; else the last counts, as is usual.
 
     Raises:
@@ -49,7 +50,8 @@ def read_json(path: Path, *, unique: bool = False) -> Any:
     text = read_text(path)
     try:
         value = json.loads(text, object_pairs_hook=partial(_unique, path) if unique else None)
-        check_characters(value, text, str(path))
+        if not any_text:
+            check_characters(value, text, str(path))
         return value
     except json.JSONDecodeError as error:
         at_end = error.pos >= len(text.rstrip()) - 1 or error.msg.startswith("Unterminated string")

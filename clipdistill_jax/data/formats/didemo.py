@@ -54,7 +54,7 @@ def read(source: str | os.PathLike[str]) -> ClipSplits:
 
 def _read_moments(path: Path, split: str, problems: list[Problem]) -> dict[str, tuple[str, ...]]:
     """id -> its paragraph. Empty descriptions are noted and left out."""
-    moments = checked.read_json(path)
+    moments = checked.read_json(path, any_text=True)
     if not isinstance(moments, list):
         raise FormatError(f"{path}, top level: expected a list of moments, found {type(moments).__name__}")
     said: dict[str, list[str]] = {}

@@ -53,7 +53,8 @@ def read(source: str | os.PathLike[str], *, restval: bool = True) -> ClipSplits:
     rows: dict[str, list[Row]] = {}
     seen: dict[str, str] = {}
     left_out = 0
-    images = checked.field(checked.read_json(path), "images", list, f"{path}, top level")
+    data = checked.read_json(path, any_text=True)
+    images = checked.field(data, "images", list, f"{path}, top level")
     for k, image in enumerate(images):
         row, split = _row(path, k, image, seen, problems)
         if split == "restval" and not restval:

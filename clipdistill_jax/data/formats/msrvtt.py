@@ -67,7 +67,7 @@ def read(source: str | os.PathLike[str], *, train: str = "9k", num_validation: i
 
 def _read_sentences(path: Path, problems: list[Problem]) -> dict[str, tuple[str, ...]]:
     """video_id -> its captions in the order of the file. Empty ones are noted and left out."""
-    data = checked.read_json(path)
+    data = checked.read_json(path, any_text=True)
     sentences = checked.field(data, "sentences", list, f"{path}, top level")
     seen: dict[str, str] = {}
     for k, video in enumerate(data.get("videos") or ()):
