@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from clipdistill_jax.data.vocabulary import UNKNOWN
 from clipdistill_jax.evaluate.choices import QuestionSplit
 from clipdistill_jax.experiment import Config, Stage, plain
 from clipdistill_jax.train.sharding import process_parts
@@ -89,6 +90,8 @@ class QuestionDataset:
             self.vocab["teacher"] = clip.vocab_size
         if data.answers is not None:
             self.vocab["answers"] = len(data.answers)
+            if UNKNOWN in data.answers.index:
+                self.vocab["unknown"] = data.answers.index[UNKNOWN]
         if data.object_classes:
             self.vocab["object_classes"] = len(data.object_classes)
         if data.region_classes:
@@ -206,6 +209,11 @@ class QuestionDataset:
             about = self._data.describe(split)
             self._described[split] = {name: x for name, x in about.items() if isinstance(x, np.ndarray)}
         return self._described[split]
+
+    def listed(self, split: str) -> frozenset[str]:
+        """Ids of all questions that the dataset lists in a split, also those that preparation left out."""
+        left_out = self._data.manifest["splits"][split]["left_out"]
+        return frozenset((*self._data.split(split).record_ids, *left_out))
 
     def choice_words(self, ids: Collection[int]) -> dict[int, tuple[str, list[tuple[str, ...]]]]:
         """By example_id of the training split: a name of the item, and the words of each of its choices."""

@@ -22,17 +22,22 @@ def stage_variables(folder: Path, step: int | None = None) -> Tree:
 
     Args:
       folder: of the stage.
-      step: None takes the step that its result.json selected, or else the newest.
+      step: None takes `selected_step`.
 
     Raises:
       FileNotFoundError: there is no checkpoint.
     """
-    result = folder / "result.json"
-    if step is None and result.exists():
-        step = json.loads(result.read_text())["step"]
-    read = checkpoint.load(folder / "checkpoints", step)
+    read = checkpoint.load(folder / "checkpoints", selected_step(folder) if step is None else step)
     params = read.get("ema") or read["params"]
     return {"params": params["student"], **read.get("model_state", {})}
+
+
+def selected_step(folder: Path) -> int:
+    """The step that a stage's result.json selected, or else the newest. Raises FileNotFoundError."""
+    result = folder / "result.json"
+    if result.exists():
+        return json.loads(result.read_text())["step"]
+    return checkpoint.newest(folder / "checkpoints")
 
 
 def find_stage(name: str, runs: Sequence[Path]) -> Path:

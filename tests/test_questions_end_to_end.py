@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from clipdistill_jax import defaults
 from clipdistill_jax.convert import hf_clip
 from clipdistill_jax.data.text import train_clip_bpe
+from clipdistill_jax.dataset import open_dataset
 from clipdistill_jax.evaluate.__main__ import main as evaluate_main
 from clipdistill_jax.experiment import plain, raw_clip
 from clipdistill_jax.report.page import write_report
@@ -144,10 +145,72 @@ def test_the_leaderboards_file_and_predictions(vcr, tmp_path, capsys):
     predictions, submission = tmp_path / "predictions.json", tmp_path / "vcr.csv"
     assert evaluate_main([*stage, "--split=validation", "--json", f"--predictions={predictions}"]) == 0
     assert json.loads(capsys.readouterr().out) == pytest.approx(results["clip_td"]["test"])
-    assert len(json.loads(predictions.read_text())["predictions"]) == 4 * 3 * 2
+    said = json.loads(predictions.read_text())
+    assert said["about"] == {"split": "validation", "steps": {stage[1]: 2}}
+    assert len(said["predictions"]) == 4 * 3 * 2
     assert evaluate_main([*stage, "--split=test", f"--submission={submission}"]) == 0
     rows = list(csv.reader(submission.open()))
     assert len(rows) == 1 + 4 * 3 and len(rows[0]) == 1 + 4 + 16
+
+
+@pytest.fixture
+def halves(vcr, tmp_path):
+    """The run's stage twice, once with the answers alone and once with the rationales."""
+    _, workdir, _ = vcr
+    for kind in ("qa", "qar"):
+        shutil.copytree(workdir / "clip_td", tmp_path / kind / "clip_td")
+        shutil.copytree(workdir / "prepared", tmp_path / kind / "prepared")
+        for shared in ("world", "student_tokenizer"):
+            (tmp_path / kind / shared).symlink_to(workdir / shared)
+        config = json.loads((workdir / "clip_td" / "config.json").read_text())
+        config["data"]["questions"] = [kind]
+        (tmp_path / kind / "clip_td" / "config.json").write_text(json.dumps(config))
+    return [f"--stage={tmp_path / kind / 'clip_td'}" for kind in ("qa", "qar")]
+
+
+def test_two_stages_answer_as_one(vcr, halves, tmp_path, capsys):
+    _, workdir, results = vcr
+    assert evaluate_main([*halves, "--split=validation", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == pytest.approx(results["clip_td"]["test"])
+    whole = [f"--stage={workdir / 'clip_td'}"]
+    for stages, name in ((halves, "two.csv"), (whole, "one.csv")):
+        assert evaluate_main([*stages, f"--submission={tmp_path / name}"]) == 0
+    one, two = ((tmp_path / name).read_text().splitlines() for name in ("one.csv", "two.csv"))
+    assert one[0] == two[0] and len(one) == len(two)
+    for a, b in zip(one[1:], two[1:], strict=True):
+        (a, *scores), (b, *others) = a.split(","), b.split(",")
+        assert a == b
+        np.testing.assert_allclose(np.float64(others), np.float64(scores), rtol=0, atol=1e-5)
+
+
+def test_what_cannot_be_submitted_is_said_before_the_work(halves, tmp_path, capsys, monkeypatch):
+    submission = f"--submission={tmp_path / 'out' / 'vcr.csv'}"
+    monkeypatch.setattr("clipdistill_jax.evaluate.__main__.evaluate", lambda *_: pytest.fail("evaluated"))
+
+    def refused(*arguments):
+        assert evaluate_main(arguments) == 1
+        return capsys.readouterr().err
+
+    assert "no scores of its rationales given answer 0" in refused(halves[0], submission)
+    assert "two stages answer questions of the kind qa" in refused(halves[0], halves[0])
+    assert "given answer" in refused(*halves, "--split=validation", submission)
+    assert f"{tmp_path} is a folder" in refused(halves[0], f"--predictions={tmp_path}")
+    manifest = tmp_path / "qa" / "prepared" / "manifest.json"
+    said = json.loads(manifest.read_text())
+    said["splits"]["test"]["left_out"] = ["test-77"]
+    manifest.write_text(json.dumps(said))
+    assert "misses test-77 (1 in all; the split has 13)" in refused(*halves, submission)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_fails_leaves_the_metrics(halves, tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("clipdistill_jax.evaluate.predictions.write_files", full)
+    assert evaluate_main([halves[0], "--split=validation", "--json", f"--predictions={tmp_path / 'p'}"]) == 1
+    said = capsys.readouterr()
+    assert "Q->A" in json.loads(said.out) and "error: disk full" in said.err
 
 
 @pytest.mark.parametrize("kind, student", [("snli_ve", "vl_bert"), ("vqa", "uniter")])
@@ -156,10 +219,12 @@ def test_the_gate_of_labels_and_of_open_answers(kind, student, clip, tmp_path, m
     fields = dict(clip=str(clip), terms=TOKENS, gate=dict(temperature=1e6), cache=kind == "vqa")
     config = run_config(kind, clip, student, clip_td=fields)
     if kind == "vqa":
-        (tmp_path / "answers.txt").write_text("yes\nno\n1\n2\nred\nball\n")
+        (tmp_path / "answers.txt").write_text("yes\nno\n1\n<unk>\n2\nred\nball\n")
         config["data"]["answers"] = str(tmp_path / "answers.txt")
     result = run_stages(config, tmp_path / "run")["clip_td"]
     assert 0 <= result["test"]["accuracy"] <= 100
+    if kind == "vqa":
+        assert open_dataset(config, tmp_path / "run").vocab["unknown"] == 3
     assert result["split"] == ("test" if kind == "snli_ve" else "validation")
     last = json.loads((tmp_path / "run" / "clip_td" / "metrics.jsonl").read_text().splitlines()[0])
     assert last["train/tokens_gate"] == pytest.approx(1.0)  # so hot a gate is open for all

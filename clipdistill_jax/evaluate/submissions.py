@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -117,7 +118,7 @@ def write_vqa(path: str | os.PathLike[str], answers: Mapping[int, Any], expected
     Raises:
       ValueError: a question is missing, or none of the split's, or its answer is no text.
     """
-    _check_ids(list(answers), expected, "the answers")
+    check_ids(list(answers), expected, "the answers")
     wrong = [question for question, answer in answers.items() if not isinstance(answer, str)]
     if wrong:
         raise ValueError(f"the answer to question {wrong[0]} is no text: {answers[wrong[0]]!r}")
@@ -144,7 +145,7 @@ def read_vqa(path: str | os.PathLike[str], expected: Collection[int]) -> dict[in
             raise FormatError(f"{where}: the field 'question_id' should be a number, found {question}")
         found.append((question, checked.field(row, "answer", str, where)))
     try:
-        _check_ids([question for question, _ in found], expected, str(path))
+        check_ids([question for question, _ in found], expected, str(path))
     except ValueError as error:
         raise FormatError(str(error)) from error
     return dict(found)
@@ -204,7 +205,7 @@ def _check_vcr(submission: VcrSubmission, expected: Collection[str], where: str)
         _number(annot_id)
     if not len(submission.ids) == len(submission.answers) == len(submission.rationales):
         raise ValueError(f"{where}: there are not as many ids as rows of scores")
-    _check_ids(submission.ids, expected, where)
+    check_ids(submission.ids, expected, where)
     scores = np.concatenate([submission.answers, submission.rationales.reshape(len(submission.ids), -1)], 1)
     wrong = np.flatnonzero(~np.isfinite(scores).all(-1))
     if len(wrong):
@@ -220,7 +221,8 @@ def _number(annot_id: str) -> int:
     return int(match[1])
 
 
-def _check_ids(ids: Sequence[Any], expected: Collection[Any], where: str) -> None:
+def check_ids(ids: Sequence[Any], expected: Collection[Any], where: str) -> None:
+    """Raises ValueError where an id occurs twice, is missing or is none of the split's."""
     _check_unique(ids, where)
     wanted = set(expected)
     for what, wrong in (
@@ -236,6 +238,16 @@ def _check_unique(ids: Sequence[Any], where: str) -> None:
     twice = [i for i, count in Counter(ids).items() if count > 1]
     if twice:
         raise ValueError(f"{where}: the id {twice[0]!r} occurs twice ({len(twice)} such ids)")
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Makes the file's folder. Raises OSError where the file cannot be written there."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, where a file shall be written")
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
 
 
 def _write(path: str | os.PathLike[str], text: str) -> None:

@@ -239,6 +239,19 @@ class Checkpointer:
                 directory.rmtree()
 
 
+def newest(directory: Any) -> int:
+    """The step of the newest whole checkpoint.
+
+    Raises:
+      FileNotFoundError: there is none.
+    """
+    root = epath.Path(directory).expanduser().resolve()
+    step = max(manifests.whole_steps(root, warn=True), default=None)
+    if step is None:
+        raise FileNotFoundError(f"no whole checkpoint in {root}")
+    return step
+
+
 def load(
     directory: Any, step: int | None = None, parts: Sequence[str] = ("params", "model_state", "ema")
 ) -> dict[str, Any]:
@@ -253,11 +266,7 @@ def load(
       part -> nested dict of arrays, in float32 as trained.
     """
     root = epath.Path(directory).expanduser().resolve()
-    if step is None:
-        step = max(manifests.whole_steps(root, warn=True), default=None)
-        if step is None:
-            raise FileNotFoundError(f"no whole checkpoint in {root}")
-    where = root / manifests.step_name(step)
+    where = root / manifests.step_name(newest(root) if step is None else step)
     arrays = {
         name: jax.ShapeDtypeStruct(tuple(a["shape"]), np.dtype(a["dtype"]))
         for name, a in manifests.read(where)["arrays"].items()

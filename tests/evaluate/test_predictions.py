@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 from clipdistill_jax.evaluate.predictions import (
+    check_submission,
+    join_arrays,
+    join_items,
     predictions,
     vcr_submission,
     write_files,
@@ -56,7 +59,7 @@ def test_the_rationales_of_each_answer_lie_where_they_belong(tmp_path):
         np.testing.assert_array_equal(submission.answers[r], 100 * r - 10 + np.arange(4))
         expected = 100 * r + 10 * np.arange(4)[:, None] + np.arange(4)
         np.testing.assert_array_equal(submission.rationales[r], expected)
-    said = write_submission(tmp_path / "vcr.csv", arrays, items)
+    said = write_submission(tmp_path / "vcr.csv", arrays, items, {"val-1", "val-3"})
     assert said.endswith("vcr.csv: the scores of 2 questions of VCR")
     found = read_vcr(tmp_path / "vcr.csv", {"val-1", "val-3"})
     assert found.ids == ("val-1", "val-3")
@@ -68,8 +71,34 @@ def test_a_submission_needs_the_rationales_of_all_answers(tmp_path, givens, lack
     with pytest.raises(
         ValueError, match=f"val-3: there are no scores of its rationales given answer {lacking}"
     ):
-        write_submission(tmp_path / "vcr.csv", *vcr(givens=givens))
+        write_submission(tmp_path / "vcr.csv", *vcr(givens=givens), {"val-1", "val-3"})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_submission_has_all_questions_that_the_dataset_lists(tmp_path):
+    for (arrays, items), listed, lost in ((vcr(), ("val-1", "val-2", "val-3"), "val-2"), (vqa(), "45", "5")):
+        with pytest.raises(ValueError, match=rf"the prepared split misses {lost} \(1 in all"):
+            write_submission(tmp_path / "x", arrays, items, {*items["record_ids"].tolist(), *listed}, NAMES)
+    assert not list(tmp_path.iterdir())
+
+
+def part(kind, records=("val-3", "val-1")):
+    """What a model of the answers alone says, or one of the rationales."""
+    arrays, items = vcr(records)
+    return tuple({name: x[items["kinds"] == kind] for name, x in made.items()} for made in (arrays, items))
+
+
+def test_a_model_of_the_answers_and_one_of_the_rationales_are_as_one():
+    parts = [part("qa"), part("qar")]
+    joined = [join_arrays([arrays for arrays, _ in parts]), join_items([items for _, items in parts])]
+    for found, expected in zip(vcr_submission(*joined), vcr_submission(*vcr()), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    with pytest.raises(ValueError, match="val-3: there are no scores of its answers"):
+        check_submission(parts[1][1], {"val-1", "val-3"})
+    with pytest.raises(ValueError, match="two stages answer questions of the kind qa"):
+        join_items([parts[0][1], vcr()[1]])
+    with pytest.raises(ValueError, match=r"other records: only one has val-1 \(2 in all\)"):
+        join_items([parts[0][1], part("qar", ("val-3", "val-5"))[1]])
 
 
 def test_predictions_of_vcr_by_item():
@@ -84,7 +113,7 @@ def test_predictions_of_vcr_by_item():
 def test_open_answers_in_both_files(tmp_path):
     arrays, items = vqa()
     files = {"predictions_file": tmp_path / "p.json", "submission_file": tmp_path / "out" / "vqa.json"}
-    lines = write_files(arrays, items, names=NAMES, about={"split": "test"}, **files)
+    lines = write_files(arrays, items, names=NAMES, expected=["4", "30"], about={"split": "test"}, **files)
     assert [line.rpartition(": ")[2] for line in lines] == [
         "2 predictions",
         "the answers to 2 questions of VQA",
@@ -115,4 +144,4 @@ def test_entailment_has_labels_and_no_leaderboard(tmp_path):
     (said,) = predictions(arrays, items, names)
     assert said == Prediction("1.jpg#0", "entailment", "neutral", 0.0, "neutral", (0.1, 2.0, -1.0))
     with pytest.raises(ValueError, match="no leaderboard's file"):
-        write_submission(tmp_path / "x", arrays, items, names)
+        write_submission(tmp_path / "x", arrays, items, {"1.jpg#0"}, names)
