@@ -186,7 +186,8 @@ def _pretrain(config: ConfigDict, run: Run, task: Task, method: Method) -> Confi
     known = dict(
         uniter=dict(missing=("itm_output.",)),  # which UNITER's second stage has not
         vl_bert=dict(
-            missing=("vlbert.relationsip_head.",),  # which VL-BERT does not train
+            # VL-BERT does not train the first; end to end it hides pixels, not features.
+            missing=("vlbert.relationsip_head.", "object_mask_visual_embedding."),
             unused=(*DETECTOR, "aux_text_visual_embedding."),
         ),
     )

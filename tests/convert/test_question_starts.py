@@ -13,6 +13,8 @@ from clipdistill_jax.models.bert import BertConfig
 from clipdistill_jax.models.uniter import Uniter, UniterConfig
 from clipdistill_jax.models.vl_bert import VlBert, VlBertConfig
 from clipdistill_jax.question_weights import read_question_start
+from clipdistill_jax.systems import make_system
+from configs.clip_td import snli_ve, vcr, vqa
 from tests.convert.originals import random_bert
 from tests.models import joint_cases as cases
 
@@ -162,6 +164,47 @@ def test_a_file_without_a_pooler_takes_that_of_a_bert(kind, start, tmp_path):
     save_file({name: x for name, x in theirs.items() if "pooler" not in name}, path)
     with pytest.raises(ValueError, match=r"other: .*missing: pooler\.dense\.bias"):
         read_question_start(init, params, kind, (), seed=0)
+
+
+def write_published(kind, task, path):
+    """Writes what the originals' files have and returns it."""
+    if kind == "uniter":  # on VCR of its second stage of pretraining, which has no itm
+        sizes = {"vocab_size": SIZES["vocab_size"] + 81, "types": 4} if task is vcr else {}
+        held = student(kind, "mlm", "mrfr", "mrc", *([] if task is vcr else ["itm"]), seed=1, **sizes)
+        save_file(uniter.to_state_dict(held), path)
+        return held
+    held = student(kind, "mlm", "mrc", seed=1, waves=256)  # end to end, which hides pixels
+    state = vl_bert.to_state_dict(held) | {
+        f"module.{name}weight": np.zeros((1, 64), np.float32)
+        for name in ("aux_text_visual_embedding.", *vl_bert.RESNET)
+    }
+    absent = ("pooler", "object_mask_visual_embedding")
+    save_file({name: x for name, x in state.items() if not any(part in name for part in absent)}, path)
+    return held
+
+
+@pytest.mark.parametrize("task", [vcr, snli_ve, vqa], ids=["vcr", "snli_ve", "vqa"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_published_files_fit_the_names_in_the_configs(kind, task, tmp_path):
+    path, bert = str(tmp_path / "x.safetensors"), random_bert(**SIZES)
+    hf_bert.save(tmp_path / "bert", BertConfig(**SIZES), bert)
+    held = write_published(kind, task, path)
+    vocab = {"answers": 11, "region_classes": 5, "object_classes": 4, "student": SIZES["vocab_size"]}
+    if kind == "uniter" and task is vcr:
+        vocab["student"] += 81
+    for method, stage in (("baseline", "finetune"), ("af", "pretrain")):
+        config = task.get_config(f"{kind}_base,{method},100").to_dict()
+        config["student"] |= SIZES
+        config["data"]["region_width"] = cases.FEATURES
+        module = make_system(config, vocab).module(stage)
+        params, init = cases.random_params(module), config["stages"][stage]["init"]
+        init |= {"model": path, "pooler": init["pooler"] and str(tmp_path / "bert")}
+        made = read_question_start(init, params, kind, (), 0, module.config)
+        same(made["encoder"], held["encoder"])
+        same(made["pooler"], (bert if kind == "vl_bert" else held)["pooler"])
+        heads = [head for head in ("mlm", "mrfr", "mrc") if head in params]
+        assert bool(heads) == (stage == "pretrain")
+        same([made[head] for head in heads], [held[head] for head in heads])
 
 
 def test_a_bert_that_computes_otherwise_is_refused(start):
