@@ -220,5 +220,5 @@ def _vocabulary(answers: list[str], path: Path) -> AnswerVocabulary:
         raise FormatError(f"{path}: no answers")
     seen: dict[str, str] = {}
     for k, answer in enumerate(answers):
-        checked.check_unique(answer, f"{path}, answer {k}", seen)
+        checked.check_unique(answer, f"{path}, answer {k}", seen, "answer")
     return AnswerVocabulary(tuple(answers))

@@ -100,7 +100,7 @@ def test_agreeing_spellings_are_one(tree):
 
 def test_duplicates_and_missing_images(tree):
     write_lines(tree / "snli_ve_train.jsonl", [pair("train", 0), pair("train", 1), pair("train", 0)])
-    with pytest.raises(FormatError, match=r"train\.jsonl, line 3: the id .*line 1"):
+    with pytest.raises(FormatError, match=r"train\.jsonl, line 3: the pairID .*line 1"):
         read(tree)
     write_lines(tree / "snli_ve_train.jsonl", [pair("train", k) for k in range(6)])
     (tree / "flickr30k_images/1.jpg").unlink()

@@ -212,10 +212,10 @@ def test_file_cut_short_and_not_text(tree):
 
 def test_duplicated_ids(tree):
     write_lines(tree / "train.jsonl", [question("train", k) for k in (0, 1, 0)])
-    with pytest.raises(FormatError, match=r"train\.jsonl, line 3: the id 'train-0'.*train\.jsonl, line 1"):
+    with pytest.raises(FormatError, match=r"train\.jsonl, line 3: the annot_id 'train-0'.*jsonl, line 1"):
         read(tree)
     write_lines(tree / "train.jsonl", [question("train", 0), question("train", 1, annot_id="val-2")])
-    with pytest.raises(FormatError, match=r"val\.jsonl, line 3: the id 'val-2'.*train\.jsonl, line 2"):
+    with pytest.raises(FormatError, match=r"val\.jsonl, line 3: the annot_id 'val-2'.*train\.jsonl, line 2"):
         read(tree)
 
 

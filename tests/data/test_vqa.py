@@ -105,7 +105,7 @@ DAMAGE = {
     "annotation twice": (
         A,
         lambda d: d["annotations"].append(d["annotations"][0]),
-        ["annotations[3], question_id 100", "already in", "annotations[0]"],
+        ["annotations[3], question_id 100", "the question_id was already in", "annotations[0]"],
     ),
     "no annotation": (
         A,
@@ -116,7 +116,7 @@ DAMAGE = {
     "question twice": (
         Q,
         lambda d: d["questions"].append(d["questions"][0]),
-        ["questions[3]", "'100'", "questions[0]"],
+        ["questions[3]", "the question_id '100'", "questions[0]"],
     ),
     "another image": (
         A,
@@ -300,7 +300,7 @@ def test_vocabulary_files(tmp_path):
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        ('["a", "b", "a"]', "answer 2: the id 'a' was already in"),
+        ('["a", "b", "a"]', "answer 2: the answer 'a' was already in"),
         ('{"a": 2, "b": 1, "a": 0}', "'a' occurs twice"),
         ('{"a": 0, "b": 2}', "should be 0, 1, 2"),
         ('{"a": 0, "b": true}', "should be 0, 1, 2"),

@@ -205,12 +205,12 @@ def check_file_stem(name: str, where: str) -> None:
         )
 
 
-def check_unique(name: str, where: str, seen: dict[str, str]) -> None:
-    """Notes `name` in `seen` (name -> where it was).
+def check_unique(name: str, where: str, seen: dict[str, str], what: str = "id") -> None:
+    """Notes `name` in `seen` (name -> where it was); `what` it is, or the field it is from, is for the error.
 
     Raises:
       FormatError: it was there already.
     """
     if name in seen:
-        raise FormatError(f"{where}: the id {name!r} was already in {seen[name]}")
+        raise FormatError(f"{where}: the {what} {name!r} was already in {seen[name]}")
     seen[name] = where

@@ -18,12 +18,15 @@ class Example(Protocol):
 
     Attributes:
       example_id: the dataset's own id as text, unique over all splits.
+      id_field: the field that has it.
       record: where it stands, e.g. "train.jsonl, line 17".
       files: the files that it names, by the field that names them.
     """
 
     @property
     def example_id(self) -> str: ...
+    @property
+    def id_field(self) -> str: ...
     @property
     def record(self) -> str: ...
     @property
@@ -77,7 +80,7 @@ def make_listing(
             count += 1
             if example.example_id in seen:
                 raise FormatError(
-                    f"{example.record}: the id {example.example_id!r} was already in "
+                    f"{example.record}: the {example.id_field} {example.example_id!r} was already in "
                     f"{seen[example.example_id]}; take one of them out"
                 )
             seen[example.example_id] = example.record

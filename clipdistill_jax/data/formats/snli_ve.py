@@ -11,7 +11,7 @@ import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from clipdistill_jax.data.formats import checked
 from clipdistill_jax.data.formats.clips import FormatError
@@ -45,6 +45,7 @@ class SnliVeRecord:
     label: int
     image_field: str
     record: str
+    id_field: ClassVar[str] = "pairID"
 
     @property
     def files(self) -> dict[str, Path]:

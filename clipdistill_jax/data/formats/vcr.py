@@ -14,7 +14,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32
@@ -69,6 +69,7 @@ class VcrRecord:
     answer_label: int | None
     rationale_label: int | None
     record: str
+    id_field: ClassVar[str] = "annot_id"
 
     @property
     def files(self) -> dict[str, Path]:

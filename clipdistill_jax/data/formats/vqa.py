@@ -11,7 +11,7 @@ import dataclasses
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from clipdistill_jax.data.formats import checked
 from clipdistill_jax.data.formats.clips import FormatError
@@ -47,6 +47,7 @@ class VqaRecord:
     top_answer: str | None
     answer_type: str | None
     record: str
+    id_field: ClassVar[str] = "question_id"
 
     @property
     def files(self) -> dict[str, Path]:
@@ -101,7 +102,7 @@ def read_questions(
     for k, data in enumerate(listed):
         where = f"{questions}, questions[{k}]"
         question_id = whole_number(data, "question_id", where)
-        checked.check_unique(str(question_id), where, seen)
+        checked.check_unique(str(question_id), where, seen, "question_id")
         where += f", question_id {question_id}"
         image_id = whole_number(data, "image_id", where)
         question = " ".join(checked.field(data, "question", str, where).split())
@@ -139,7 +140,7 @@ def _annotations(path: Path) -> dict[int, tuple[str, dict[str, Any]]]:
         question_id = whole_number(note, "question_id", where)
         where += f", question_id {question_id}"
         if question_id in found:
-            raise FormatError(f"{where}: the id was already in {found[question_id][0]}")
+            raise FormatError(f"{where}: the question_id was already in {found[question_id][0]}")
         answers = checked.field(note, "answers", list, where)
         if len(answers) != NUM_ANSWERS:
             raise FormatError(

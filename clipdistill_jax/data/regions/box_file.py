@@ -127,7 +127,7 @@ def read_classes(path: str | os.PathLike[str]) -> tuple[str, ...]:
     """
     seen: dict[str, str] = {}
     for line, text in checked.read_lines(Path(path)):
-        checked.check_unique(text.strip(), f"{path}, line {line}", seen)
+        checked.check_unique(text.strip(), f"{path}, line {line}", seen, "class")
     return tuple(seen)
 
 

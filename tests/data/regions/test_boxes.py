@@ -90,7 +90,7 @@ def test_classes(tree, tmp_path):
     with pytest.raises(FormatError, match=r"a\.json.*objects \['car'\] are not in the list"):
         plan(tree, "metadata", classes=("person", "dog"))
     (tmp_path / "classes.txt").write_text("dog\ndog\n")
-    with pytest.raises(FormatError, match="line 2: the id 'dog' was already"):
+    with pytest.raises(FormatError, match="line 2: the class 'dog' was already"):
         read_classes(tmp_path / "classes.txt")
 
 
