@@ -38,7 +38,10 @@ def data(**fields: Any) -> ConfigDict:
             region_format="npz",  # UNITER's npz or "lmdb", bottom-up "tsv", "vl_bert" json
             region_width=2048,  # of their features
             max_regions=100,  # most regions of an image, beside the image itself
-            answers="",  # file of VQA's answers, class by class; empty: made of the training split
+            # File of VQA's answers, class by class; empty: made of the training split. Weights that have the
+            # head of answers need their own file: UNITER's and LXMERT's have the same 3129 in two orders, and
+            # nothing in a published `.pt` or `.model` tells which: no check can find a mistake.
+            answers="",
             answer_prompt="a photo of {}",  # what CLIP reads of an answer of VQA
             buckets=14,  # most shapes of a batch: tokens and regions are padded to the next
             allow_missing=False,  # leave out questions whose files are missing

@@ -49,7 +49,8 @@ FIELDS = {
     "attention_dropout": "attention_probs_dropout_prob",
 }
 
-# Heads on top of a BERT, which are left out (fit_dense: TinyBERT's, to its teacher's width), and a buffer.
+# What a BERT is pretrained or finetuned with, which is left out (fit_dense: TinyBERT's, to its teacher's
+# width), and a buffer. Any other unknown tensor is refused.
 LEFT_OUT = ("cls.", "classifier.", "qa_outputs.", "fit_dense.", "embeddings.position_ids")
 
 
@@ -73,7 +74,8 @@ def load(
     """Configuration and parameters {"embeddings", "encoder", "pooler"} of a BERT directory or hub id.
 
     Reads config.json and model.safetensors, flax_model.msgpack or pytorch_model.bin (or their shards), of a
-    bare BERT or of one with heads, which are left out. Parameters are float32 NumPy.
+    bare BERT or of one with the heads of `LEFT_OUT`; no config need name them, for what starts from a BERT
+    has heads of its own. Parameters are float32 NumPy.
 
     Args:
       path_or_id: a local directory, or else the name of a hub repository.
