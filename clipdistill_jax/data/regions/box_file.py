@@ -76,7 +76,9 @@ class BoxFile:
             )
 
     def boxes(self, name: str, file: str, size: tuple[float, float]) -> Boxes:
-        """The boxes of an image of (width, height) `size`, for the npz `file`; of none, the whole image.
+        """The boxes of an image of (width, height) `size`, for the npz `file`, the most confident first.
+
+        Where there is none it is the whole image.
 
         Raises:
           FormatError: a row is damaged, or its box leaves the image; names the image and the box.
@@ -98,7 +100,14 @@ class BoxFile:
         corners = np.array([row[:4] for row in rows], np.float32)
         check_boxes(corners, size, where)
         conf = np.array([row[4] if len(row) > 4 else 1 for row in rows], np.float32)
-        return Boxes(file, fractions(corners, size), conf, self._class_ids(rows, where))
+        ids = self._class_ids(rows, where)
+        best_first = np.argsort(-conf, kind="stable")  # as UNITER's files are: readers cut such a list short
+        return Boxes(
+            file,
+            fractions(corners, size)[best_first],
+            conf[best_first],
+            None if ids is None else ids[best_first],
+        )
 
     def _class_ids(self, rows: list[list[Any]], where: str) -> Int32[np.ndarray, " n"] | None:
         with_class = [len(row) > 5 for row in rows]

@@ -73,8 +73,8 @@ def test_box_file(tree, tmp_path):
     images, _ = plan(tree, path)
     ground_truth, detected = images[0].files
     assert (ground_truth.file, detected.file) == ("vcr_gt_train_a.npz", "vcr_train_a.npz")
-    np.testing.assert_array_equal(detected.corners, [[0.25, 0.25, 0.5, 0.5], [0, 0, 1, 1]])
-    np.testing.assert_array_equal(detected.conf, [0.75, 1])
+    np.testing.assert_array_equal(detected.corners, [[0, 0, 1, 1], [0.25, 0.25, 0.5, 0.5]])
+    np.testing.assert_array_equal(detected.conf, [1, 0.75])  # the best first, as UNITER's files have them
     np.testing.assert_array_equal(images[1].files[1].corners, [[0, 0, 1, 1]])  # no detection: the whole image
 
 
@@ -82,11 +82,11 @@ def test_classes(tree, tmp_path):
     (tmp_path / "classes.txt").write_text("dog\ncar\nperson\n")
     classes = read_classes(tmp_path / "classes.txt")
     assert classes == ("dog", "car", "person")
-    rows = [[1, 1, 2, 2, 0.5, "person"], [1, 1, 2, 2, 0.5, 0]]
+    rows = [[1, 1, 2, 2, 0.5, 0], [1, 1, 2, 2, 0.6, "person"], [1, 1, 2, 2, 0.5, "car"]]
     images, _ = plan(
         tree, write_boxes(tmp_path / "b.json", {"m/a.jpg": rows, "m/b.jpg": []}), classes=classes
     )
-    assert [f.class_ids.tolist() for i in images for f in i.files] == [[2, 1], [2, 0], [2, 1], [-1]]
+    assert [f.class_ids.tolist() for i in images for f in i.files] == [[2, 1], [2, 0, 1], [2, 1], [-1]]
     with pytest.raises(FormatError, match=r"a\.json.*objects \['car'\] are not in the list"):
         plan(tree, "metadata", classes=("person", "dog"))
     (tmp_path / "classes.txt").write_text("dog\ndog\n")
