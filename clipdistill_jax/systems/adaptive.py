@@ -10,6 +10,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from clipdistill_jax.models.features import AnyArray, Batch
 from clipdistill_jax.models.joint import JointFeatures, JointModel
@@ -27,6 +28,7 @@ OF_A_CHOICE = (  # what has an axis of choices
     *("clip/text", "clip/words", "clip/word_mask"),
 )
 OF_AN_IMAGE = ("regions", "region_boxes", "region_mask", "image_size")
+CONTRADICTION = 0  # of SNLI-VE's labels; VQA's are -1
 HEADS = {"mlm": "mlm", "mrfr": "mrfr", "mrc": "mrc", "mrckl": "mrc", "itm": "itm"}  # of pretraining's tasks
 # (params, batch, rng) -> the student's record, without heads
 Encode = Callable[[Any, Batch, Any], JointFeatures]
@@ -45,12 +47,17 @@ class Pretrained(JointFeatures):
     distil: AnyArray = None
 
 
+def drawn(stage: Config) -> dict[str, Any]:
+    """The tasks of a stage's pretraining and their ratios, without those of ratio 0."""
+    return {task: ratio for task, ratio in stage["pretraining"]["ratios"].items() if ratio != 0}
+
+
 def pretraining_settings(stage: Config, vocab: Vocab | None) -> pretraining.Pretraining:
     """What a stage's `pretraining` says. Raises ValueError for a field that is not there."""
     vocab = vocab or {"mask": 0, "random_low": 1, "random_high": 2}
     try:
         return pretraining.Pretraining(
-            **stage["pretraining"],
+            **{**stage["pretraining"], "ratios": drawn(stage)},
             mask_id=vocab["mask"],
             random_ids=(vocab["random_low"], vocab["random_high"]),
         )
@@ -84,6 +91,10 @@ def pretrain(
     shown = {name: batch[name][corrupted.source] for name in OF_AN_IMAGE}
     read = {name: batch[name] for name in INPUTS if name in batch}
     read = {**read, **shown, "tokens": corrupted.tokens[:, None], "masked_regions": corrupted.regions}
+    read["regions"] = without_hidden(read["regions"], read["region_mask"], corrupted.regions)
+    # Tags would tell a text's own image from another, where they point at boxes that are not there.
+    swaps = settings.hides(corrupted.task, pretraining.IMAGES)
+    read["token_regions"] = jnp.where(swaps, 0, batch["token_regions"])
     if "masked_regions" in read and "mrfr" not in module.heads and "mrc" not in module.heads:
         del read["masked_regions"]  # nothing is hidden, and the student may have no vector to hide with
     features = encode(params, read, read_with)
@@ -117,19 +128,36 @@ def pretrain(
         features=batch["regions"],
         class_probs=batch.get("class_probs"),
         mask=counts,
+        fits=batch["fits"],
     )
     fields = {field.name: getattr(features, field.name) for field in dataclasses.fields(features)}
     return Pretrained(**fields, outcome=outcome, distil=counts & corrupted.matched)
 
 
+def without_hidden(
+    regions: Float[Array, "b n c"], mask: Bool[Array, "b n"], hidden: Bool[Array, "b n"]
+) -> Float[Array, "b n c"]:
+    """With the mean of the visible regions for the whole image's features, where regions are hidden.
+
+    Most files have no features of the whole image, so that region 0 is the mean of all (`data.regions`):
+    what is hidden could be read off it.
+    """
+    visible = (mask & ~hidden).at[:, 0].set(False)[..., None]
+    mean = jnp.sum(jnp.where(visible, regions, 0.0), 1) / jnp.maximum(visible.sum(1), 1)
+    return regions.at[:, 0].set(jnp.where(hidden.any(1, keepdims=True), mean, regions[:, 0]))
+
+
 def right_choice(batch: Batch) -> Batch:
-    """The batch with the right choice of each question alone, and `known`, where there is one."""
+    """The batch with the right choice of each question alone; `known`, where there is one; and `fits`, where
+    that text is true of the image or may be."""
     # A question with one text has nothing to choose from: SNLI-VE's label is none of its texts.
-    label = batch["label"] if batch["tokens"].shape[1] > 1 else jnp.zeros_like(batch["label"])
+    several = batch["tokens"].shape[1] > 1
+    label = batch["label"] if several else jnp.zeros_like(batch["label"])
+    fits = jnp.ones_like(label, bool) if several else batch["label"] != CONTRADICTION
     place = jnp.maximum(label, 0)
 
     def pick(x: jax.Array) -> jax.Array:
         return jnp.take_along_axis(x, place.reshape(-1, *[1] * (x.ndim - 1)), axis=1)
 
     picked = {name: pick(batch[name]) for name in OF_A_CHOICE if name in batch}
-    return {**batch, **picked, "label": jnp.where(label >= 0, 0, -1), "known": label >= 0}
+    return {**batch, **picked, "label": jnp.where(label >= 0, 0, -1), "known": label >= 0, "fits": fits}

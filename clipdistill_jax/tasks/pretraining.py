@@ -71,6 +71,10 @@ class Pretraining:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it can be {' or '.join(known)}")
 
+    def hides(self, task: Int[Array, ""], what: str) -> Bool[Array, ""]:
+        """Whether the task of that index hides words, regions or images."""
+        return jnp.array([HIDES[name] == what for name in self.ratios])[task]
+
 
 @flax.struct.dataclass
 class Corrupted:
@@ -115,14 +119,10 @@ def corrupt(
     """
     draw, words_key, regions_key, images_key = jax.random.split(key, 4)
     task = jax.random.categorical(draw, jnp.log(jnp.array(list(settings.ratios.values()), jnp.float32)))
-
-    def hides(what: str) -> Bool[Array, ""]:
-        return jnp.array([HIDES[name] == what for name in settings.ratios])[task]
-
     words = mask_words(
         words_key,
         tokens,
-        (word_ids >= 0) & mask[:, None] & hides(WORDS),
+        (word_ids >= 0) & mask[:, None] & settings.hides(task, WORDS),
         mask_id=settings.mask_id,
         random_ids=settings.random_ids,
         rate=settings.word_rate,
@@ -130,9 +130,13 @@ def corrupt(
         word_ids=word_ids if settings.whole_words else None,
     )
     regions = mask_regions(
-        regions_key, maskable_regions & mask[:, None] & hides(REGIONS), rate=settings.region_rate
+        regions_key,
+        maskable_regions & mask[:, None] & settings.hides(task, REGIONS),
+        rate=settings.region_rate,
     )
-    shown = mismatch_images(images_key, image_ids, mask & hides(IMAGES), rate=settings.mismatch_rate)
+    shown = mismatch_images(
+        images_key, image_ids, mask & settings.hides(task, IMAGES), rate=settings.mismatch_rate
+    )
     return Corrupted(task, words.tokens, words.chosen, regions, shown.source, shown.matched)
 
 
@@ -145,6 +149,7 @@ def pretraining_loss(
     features: Float[Array, "b r c"],
     class_probs: Float[Array, "b r k"] | None = None,
     mask: Bool[Array, " b"],
+    fits: Bool[Array, " b"],
 ) -> Outcome:
     """The drawn task's loss; only its head runs.
 
@@ -157,6 +162,7 @@ def pretraining_loss(
       tokens, features, class_probs: the batch before it was corrupted; class_probs (background first) for
         "mrc" and "mrckl".
       mask: which examples count.
+      fits: which texts say something true of their own image; with it, "itm" does not count the others.
 
     Returns:
       loss [B]; which examples count; and further metrics, each with the examples that it counts for:
@@ -198,7 +204,7 @@ def pretraining_loss(
         loss, accuracy = matching_loss(
             logits, corrupted.matched, transport_distance(*states), settings.transport_weight
         )
-        return loss, mask, accuracy
+        return loss, fits | ~corrupted.matched, accuracy
 
     branches = {"mlm": mlm, "itm": itm} | {name: region(name) for name in ("mrfr", "mrc", "mrckl")}
     loss, valid, accuracy = jax.lax.switch(corrupted.task, [branches[name] for name in settings.ratios])

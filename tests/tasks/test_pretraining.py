@@ -214,7 +214,7 @@ def heads(x, scale=1.0, calls=None):
     }
 
 
-def run(config, made, x, scale=1.0, calls=None, mask=COUNTS):
+def run(config, made, x, scale=1.0, calls=None, mask=COUNTS, fits=None):
     return pretraining_loss(
         config,
         made,
@@ -223,6 +223,7 @@ def run(config, made, x, scale=1.0, calls=None, mask=COUNTS):
         features=x["features"],
         class_probs=x["class_probs"],
         mask=as_jax(mask),
+        fits=as_jax(np.ones(B, bool) if fits is None else fits),
     )
 
 
@@ -231,7 +232,8 @@ def test_the_drawn_task_s_loss_and_metrics():
     data = arrays()
     x = {key: as_jax(value) for key, value in data.items()}
     calls = []
-    step = jax.jit(lambda made: run(config, made, x, calls=calls))
+    fits = np.array([1, 0, 1, 0, 1, 1], bool)
+    step = jax.jit(lambda made: run(config, made, x, calls=calls, fits=fits))
     draw = jax.jit(lambda key: corrupted(config, key))
     seen = set()
     for k in range(40):
@@ -241,7 +243,9 @@ def test_the_drawn_task_s_loss_and_metrics():
             continue
         seen.add(name)
         loss, valid, metrics = jax.device_get(step(made))
-        np.testing.assert_array_equal(valid, COUNTS)
+        # A text that does not fit its own image is no match; beside another image it is a mismatch.
+        counted = COUNTS & (fits | ~np.asarray(made.matched)) if name == "itm" else COUNTS
+        np.testing.assert_array_equal(valid, counted)
         if name == "itm":
             logits, *states = heads(x)["itm"]()
             expected, right = matching_loss(logits, made.matched, jax.jit(transport_distance)(*states))
@@ -302,6 +306,7 @@ def test_a_missing_head_or_detector_is_named():
     made = Corrupted(0, x["tokens"], x["words"], x["regions"], jnp.arange(B), jnp.ones(B, bool))
     some = {name: head for name, head in heads(x).items() if name != "itm"}
     fields = {"tokens": x["tokens"], "features": x["features"], "mask": as_jax(COUNTS)}
+    fields["fits"] = jnp.ones(B, bool)
     with pytest.raises(ValueError, match="no head for itm"):
         pretraining_loss(settings(), made, some, **fields)
     with pytest.raises(ValueError, match="class probabilities"):
