@@ -40,7 +40,7 @@ def over_choices(
     """One value an example: the mean over its choices, or the right choice's.
 
     Args:
-      values: [B, K], or [B] where there are no choices, which is given back.
+      values: [B, K]; with K = 1, or [B], there is nothing to choose from: the value itself.
       label: index of the right choice. Where it is -1, "correct" gives 0.
       choices: "all" or "correct".
 
@@ -49,8 +49,8 @@ def over_choices(
     """
     if choices not in CHOICES:
         raise ValueError(f"choices is {choices!r}; it can be one of {', '.join(CHOICES)}")
-    if values.ndim == 1:
-        return values
+    if values.ndim == 1 or values.shape[1] == 1:
+        return values.reshape(len(values))
     if choices == "all":
         return jnp.mean(values, -1)
     if label is None:

@@ -34,7 +34,7 @@ from clipdistill_jax.models.features import Batch, Features
 from clipdistill_jax.models.joint import JointFeatures, JointModel, fold
 from clipdistill_jax.models.joint import example_batch as joint_example
 from clipdistill_jax.question_weights import read_question_start
-from clipdistill_jax.systems.adaptive import HEADS, INPUTS, pretraining_settings, right_choice
+from clipdistill_jax.systems.adaptive import HEADS, INPUTS, drawn, pretraining_settings, right_choice
 from clipdistill_jax.systems.adaptive import pretrain as adapt
 from clipdistill_jax.systems.system import Config, Vocab, init_with_output, plain, stage_config, text_zeros
 from clipdistill_jax.tasks import adversarial, choices
@@ -77,7 +77,7 @@ class QuestionSystem:
             sizes = {"types": 4, **sizes}  # question, region, answer, rationale
         sizes["feature_width"] = self.config["data"]["region_width"]
         if stage["pretraining"]:
-            heads = tuple(dict.fromkeys(HEADS.get(task, task) for task in stage["pretraining"]["ratios"]))
+            heads = tuple(dict.fromkeys(HEADS.get(task, task) for task in drawn(stage)))
         else:
             heads = (QUESTIONS[self.kind], *(["objects"] if stage["object_loss"] else []))
         return build_joint(spec, heads=heads, sizes=sizes)
@@ -100,10 +100,14 @@ class QuestionSystem:
             batch["targets"] = jnp.zeros((size, self._answers()))
         if stage["object_loss"]:
             batch["region_classes"] = jnp.zeros((size, regions), jnp.int32)
-        if {"mrc", "mrckl"} & (stage["pretraining"] or {}).get("ratios", {}).keys():
-            # Data without distributions over classes leave them out, and the loss says so.
+        if stage["pretraining"] and (asking := sorted({"mrc", "mrckl"} & drawn(stage).keys())):
             classes = self.vocab.get("region_classes", 0) if self.vocab else self._sizes.region_classes
-            batch |= {"class_probs": jnp.zeros((size, regions, classes))} if classes else {}
+            if not classes:
+                raise ValueError(
+                    f"stage {name!r} learns {' and '.join(asking)} from the detector's class probabilities, "
+                    f"and the region features have none: set stages.{name}.pretraining.ratios.{asking[0]}=0"
+                )
+            batch["class_probs"] = jnp.zeros((size, regions, classes))
         if stage["clip"]:
             batch["importance"] = jnp.zeros((size, choices, data["clip_tokens"]))
             inputs = self._clip_inputs(size)
@@ -155,7 +159,11 @@ class QuestionSystem:
         """Encodes in chunks; in pretraining, a corrupted batch."""
 
         def forward(params: Any, model_state: Any, batch: Batch, rng: Any) -> tuple[Features, Any]:
-            return self._encode(module, stage, params, self.own(batch, stage), rng), model_state
+            features = self._encode(module, stage, params, self.own(batch, stage), rng)
+            if self.kind == "vcr":  # the gate compares what ranks the answers
+                logits = choices.choice_scores(self._answered(features).logits, stage["ranking"])
+                features = dataclasses.replace(features, logits=logits)
+            return features, model_state
 
         def pretrain(params: Any, model_state: Any, batch: Batch, rng: Any) -> tuple[Features, Any]:
             settings = pretraining_settings(stage, self.vocab)
@@ -197,6 +205,9 @@ class QuestionSystem:
     ) -> Features:
         made = variables.get("choices", {})
         clip = {name: value for name, value in variables.items() if name != "choices"}
+        if "targets" in batch and not stage["pretraining"]:  # the answer that most have given
+            known = batch["labelled"] & (batch["targets"].max(-1) > 0)
+            batch = {**batch, "label": jnp.where(known, batch["targets"].argmax(-1), -1)}
         wanted = ("image", "importance", "label", "clip_", "clip/")
         batch = {name: value for name, value in batch.items() if name.startswith(wanted)}
         batch = {name: value for name, value in batch.items() if name not in ("image_id", "image_size")}

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from clipdistill_jax import defaults
 from clipdistill_jax.experiment import build_stage, plain
-from clipdistill_jax.systems.adaptive import right_choice
+from clipdistill_jax.systems.adaptive import right_choice, without_hidden
 from clipdistill_jax.train import sharding
 
 VOCAB = {
@@ -178,6 +178,51 @@ def test_what_is_distilled_on_the_right_choice_needs_its_label(mesh):
     terms = {"language": {"weight": 1.0, "choices": "correct"}}
     metrics = measured(mesh, terms=terms, gate={"choices": "correct", "temperature": 1e6})
     assert metrics["language_gate"] == (SIZE / 2, SIZE)
+
+
+@pytest.mark.parametrize("kind, known", [("snli_ve", SIZE), ("vqa", SIZE / 2)])
+def test_without_choices_the_gate_alone_asks_for_the_correct_answer(mesh, kind, known):
+    terms = {"language": {"weight": 1.0, "choices": "correct"}}
+    stage, state, frozen, batch = built(mesh, kind, terms=terms, gate={"choices": "correct", **OPEN})
+    if kind == "vqa":  # half of the questions have an answer of the vocabulary
+        batch["targets"][::2] = 0
+    with jax.set_mesh(mesh):
+        metrics = floats(jax.jit(lambda *given: stage.step(*given)[1])(state, frozen, batch))
+    assert metrics["language_gate"] == (known, SIZE)
+    assert np.isfinite(metrics["language_loss"][0]) and metrics["language_loss"][0] > 0
+
+
+def test_the_gate_compares_what_ranks_the_answers(mesh):
+    found = {}
+    for ranking in ("logit", "log_odds"):
+        stage, state, frozen, batch = built(mesh, terms=NAIVE, ranking=ranking)
+        forward = stage.system.student(stage.module, stage.config)
+        features, _ = jax.jit(forward)(state.params["student"], {}, batch, None)
+        found[ranking] = features.logits
+        wrong, right = np.moveaxis(np.asarray(features.outputs["vcr"]), -1, 0)
+    np.testing.assert_array_equal(found["logit"], right)
+    np.testing.assert_allclose(found["log_odds"], right - wrong, rtol=1e-6)
+
+
+def test_hidden_regions_cannot_be_read_off_the_whole_image():
+    rng = np.random.default_rng(0)
+    regions = jnp.asarray(rng.normal(size=(3, 5, 2)), jnp.float32)
+    mask = jnp.arange(5) < jnp.array([5, 4, 2])[:, None]
+    hidden = jnp.zeros((3, 5), bool).at[0, 2].set(True).at[2, 1].set(True)  # all that the last one has
+    found = np.asarray(without_hidden(regions, mask, hidden))
+    np.testing.assert_allclose(found[0, 0], np.asarray(regions)[0, [1, 3, 4]].mean(0), rtol=1e-6)
+    np.testing.assert_array_equal(found[1], regions[1])
+    np.testing.assert_array_equal(found[2, 0], 0.0)
+    np.testing.assert_array_equal(found[:, 1:], regions[:, 1:])
+
+
+def test_a_task_of_ratio_0_is_left_out_and_one_without_classes_refused_at_once(mesh):
+    made = plain(config(pretraining={"ratios": {"mlm": 1, "mrckl": 1}}))
+    vocab = {name: size for name, size in VOCAB.items() if name != "region_classes"}
+    with pytest.raises(ValueError, match=r"set stages\.stage\.pretraining\.ratios\.mrckl=0"):
+        build_stage(made, "stage", mesh, vocab)
+    made["stages"]["stage"]["pretraining"]["ratios"]["mrckl"] = 0
+    assert build_stage(made, "stage", mesh, vocab).module.heads == ("mlm",)
 
 
 def test_one_pass_without_noise_is_the_plain_step(mesh, distilled):
