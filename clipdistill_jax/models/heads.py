@@ -14,8 +14,9 @@ from clipdistill_jax.models.bert import INIT
 from clipdistill_jax.models.layers import activation, layer_norm
 
 
-def _out(outputs: int, dtype: DTypeLike, init: nn.initializers.Initializer = INIT) -> nn.Dense:
-    return nn.Dense(outputs, dtype=dtype, kernel_init=init, name="out")
+def _out(outputs: int, init: nn.initializers.Initializer = INIT) -> nn.Dense:
+    # In float32: scores rounded to bfloat16 would tie.
+    return nn.Dense(outputs, dtype=jnp.float32, kernel_init=init, name="out")
 
 
 class Linear(nn.Module):
@@ -28,13 +29,12 @@ class Linear(nn.Module):
     outputs: int
     dropout: float = 0.0
     glorot: bool = False
-    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, states: Float[Array, "*n c"], train: bool = False) -> Float[Array, "*n o"]:
         states = nn.Dropout(self.dropout, deterministic=not train)(states)
         init = nn.initializers.glorot_uniform() if self.glorot else INIT
-        return _out(self.outputs, self.dtype, init)(states).astype(jnp.float32)
+        return _out(self.outputs, init)(states)
 
 
 class Classifier(nn.Module):
@@ -53,7 +53,7 @@ class Classifier(nn.Module):
         x = nn.Dense(2 * states.shape[-1], dtype=self.dtype, kernel_init=INIT, name="dense")(states)
         x = jax.nn.relu(x) if self.act == "relu" else activation(self.act)(x)
         x = layer_norm(self.ln_eps, self.dtype, "ln")(x)
-        return _out(self.outputs, self.dtype)(x).astype(jnp.float32)
+        return _out(self.outputs)(x)
 
 
 class Transform(nn.Module):
@@ -117,4 +117,4 @@ class TransformedClasses(nn.Module):
         x = Transform(self.norm, self.ln_eps, self.dtype, name="transform")(states)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         init = nn.initializers.glorot_uniform() if self.glorot else INIT
-        return _out(self.outputs, self.dtype, init)(x).astype(jnp.float32)
+        return _out(self.outputs, init)(x)

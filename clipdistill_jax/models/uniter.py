@@ -150,7 +150,7 @@ class Uniter(JointModel):
             "mlm": lambda: MaskedLanguage(eps, dtype),
             "mrfr": lambda: RegionRegression(eps, dtype),
             "mrc": lambda: TransformedClasses(c.region_classes, ln_eps=eps, dtype=dtype),
-            "itm": lambda: Linear(2, dtype=dtype),
+            "itm": lambda: Linear(2),
         }
         for name in self.heads:
             setattr(self, name, kinds[name]())

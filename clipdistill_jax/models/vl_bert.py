@@ -131,15 +131,15 @@ class VlBert(JointModel):
             self.mask_object = vector(c.width)
         self.encoder = BertEncoder(c, dtype, self.remat)
         self.pooler = BertPooler(dtype)
-        answers = {"dropout": c.head_dropout, "glorot": True, "dtype": dtype}
+        answers = {"dropout": c.head_dropout, "glorot": True}
         kinds = {
             "vcr": lambda: Linear(1, **answers),
             "ve": lambda: Linear(LABELS, **answers),
-            "vqa": lambda: TransformedClasses(c.answers, ln_eps=eps, **answers),
+            "vqa": lambda: TransformedClasses(c.answers, ln_eps=eps, dtype=dtype, **answers),
             "objects": lambda: TransformedClasses(c.object_classes, norm=False, dtype=dtype),
             "mlm": lambda: MaskedLanguage(eps, dtype),
             "mrc": lambda: TransformedClasses(c.region_classes, norm=False, dtype=dtype),
-            "itm": lambda: Linear(2, dtype=dtype),
+            "itm": lambda: Linear(2),
         }
         for name in self.heads:
             setattr(self, name, kinds[name]())
