@@ -160,11 +160,14 @@ def run_stage(
     """Trains a stage, evaluates the selected checkpoint on the test split and writes its result."""
     folder, settings = run_folder(runs[0] / stage.name, plain(config)), stage.config
     recipe, seed = _recipe(config, stage.name), config["seed"]
-    teachers = load_teachers(stage, dataset, mesh, runs, runs[-1] / CACHE)
-    identity = {"recipe": _hash([recipe, seed]), "teacher": None, "clip": None, **teachers.fingerprints}
-    evaluator = stage.system.evaluator(stage.module, settings, mesh)
+    # First, since a weights file that does not fit is found in seconds, and a cache may take hours.
+    start = initial_state(config, stage, mesh, runs)
     if jax.process_index() == 0:
         dataset.note_selection(stage, seed, folder)
+    teachers = load_teachers(stage, dataset, mesh, runs, runs[-1] / CACHE)
+    identity = {"recipe": _hash([recipe, seed]), "data": _hash(dataset.identity(stage))}
+    identity |= {"teacher": None, "clip": None, **teachers.fingerprints}
+    evaluator = stage.system.evaluator(stage.module, settings, mesh)
 
     def evaluate(state: states.TrainState, step: int) -> dict[str, float]:
         metrics, _ = evaluator(student_variables(state), dataset.split("validation", stage, mesh))
@@ -183,7 +186,7 @@ def run_stage(
     logging.info("stage %s: %d steps of %d examples", stage.name, settings["steps"], settings["batch_size"])
     started = time.monotonic()
     finished = train(
-        initial_state(config, stage, mesh, runs),
+        start,
         stage.step,
         batches,
         LoopConfig(

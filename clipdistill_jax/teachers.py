@@ -23,7 +23,7 @@ class Teachers(NamedTuple):
 
     Attributes:
       variables: {"teacher": ..., "clip": ...} on the devices, as the step takes them.
-      fingerprints: of all their variables, by name.
+      fingerprints: of their weights, by name.
       caches: their vectors, where the stage caches.
     """
 
@@ -49,10 +49,10 @@ def load_teachers(stage: Stage, dataset: Any, mesh: Mesh, runs: Sequence[Path], 
     variables, prints, caches = {}, {}, []
     for of, model in stage.teachers.items():
         read = _read(of, model, stage.config, runs)
-        if "choices" in model.variables:
+        prints[of] = fingerprint(read)
+        if "choices" in model.variables:  # made of the weights and the data, and rounded as the devices do
             read = {**read, "choices": _choices(model, read, stage, dataset, mesh)}
         states.check_same(read, model.variables)
-        prints[of] = fingerprint(read)
         if model.cached:
             spec = _spec(stage, of, dataset, prints[of])
             folder = spec.folder(cache_root)
