@@ -23,6 +23,7 @@ from clipdistill_jax.data.questions.buckets import (
     Shape,
     choose_shapes,
     evaluation_rows,
+    padding,
     shape_of,
 )
 from clipdistill_jax.data.questions.feed import StepRows, masked_ids, picture_batches, question_batches
@@ -155,10 +156,8 @@ class QuestionData:
 
     def fill(self, split: str) -> float:
         """Share of the places of a split's batches that are real, all choices counted."""
-        loaded, shapes = self.split(split), self.shapes(split)
-        padded = np.array(shapes)[shape_of(loaded.lengths, shapes)].sum() * loaded.num_choices
-        real = loaded.row_lengths.sum() + loaded.regions.sum() * loaded.num_choices
-        return float(real / padded)
+        loaded = self.split(split)
+        return 1 - padding(loaded.row_lengths, loaded.regions, self.shapes(split))
 
     def cut(self, split: str) -> dict[str, int]:
         """Texts (choices of items) that did not fit: "student" and "clip" lost words of their context,

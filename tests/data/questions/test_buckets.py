@@ -18,32 +18,41 @@ from clipdistill_jax.data.questions.buckets import (
 )
 
 
-def vcr_like(count: int, seed: int = 0) -> np.ndarray:
-    """Tokens of question and answer, 8 to 55; annotated and detected regions and the image, 12 to 101."""
+def vcr_like(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of a question with each of four answers, 8 to 55; the image with its regions, 12 to 101."""
     rng = np.random.default_rng(seed)
-    tokens = 3 + np.clip(rng.normal(9, 3, count), 4, 20) + np.clip(rng.gamma(4, 2.6, count), 2, 34)
+    question = np.clip(rng.normal(9, 3, (count, 1)), 4, 20)
+    tokens = 3 + question + np.clip(rng.gamma(4, 2.6, (count, 4)), 2, 34)  # an answer's length is its own
     regions = 2 + rng.poisson(6, count) + rng.lognormal(np.log(33), 0.45, count)
-    lengths = [np.clip(np.round(tokens), 8, 55), np.clip(np.round(regions), 12, 101)]
-    return np.stack(lengths, 1).astype(np.int64)
+    found = np.clip(np.round(tokens), 8, 55), np.clip(np.round(regions), 12, 101)
+    return tuple(lengths.astype(np.int64) for lengths in found)
 
 
 def test_padding_of_vcr_like_lengths():
-    """Under 15% over whole epochs, in at most as many shapes as are allowed, against 56% in one shape."""
-    lengths = vcr_like(20_000)
+    """Of all four sequences of a question: 19% in the shapes that are allowed, against 56% in one shape.
+
+    12% is the shapes' and 7% that of choices shorter than the longest of their question, which more shapes do
+    not save: 40 of them leave 14%.
+    """
+    tokens, regions = vcr_like(20_000)
+    lengths = np.stack([tokens.max(1), regions], 1)
     shapes = choose_shapes(lengths, BUCKETS)
-    assert padding(lengths, choose_shapes(lengths, 1)) > 0.5
-    assert padding(lengths, shapes) < 0.15
+    assert padding(tokens, regions, choose_shapes(lengths, 1)) > 0.5
+    whole, longest = padding(tokens, regions, shapes), padding(lengths[:, :1], regions, shapes)
+    assert longest < 0.13 and whole - longest < 0.07
+    assert padding(tokens, regions, choose_shapes(lengths, 40)) < 0.15
     plan = QuestionPlan(shape_of(lengths, shapes), shapes, batch_size=64, seed=3)
     seen, real, padded = set(), 0, 0
     for step in range(2 * len(lengths) // 64):  # what does not fill a batch goes to a larger shape
         shape, items = plan.rows(step)
         assert (lengths[items] <= shapes[shape]).all()
         seen.add(shape)
-        real += lengths[items].sum()
-        padded += len(items) * sum(shapes[shape])
-    assert len(seen) <= BUCKETS and 1 - real / padded < 0.15
+        real += (tokens[items] + regions[items, None]).sum()
+        padded += 4 * len(items) * sum(shapes[shape])
+    assert len(seen) <= BUCKETS and whole <= 1 - real / padded < 0.2
     # Lengths that nobody chose shapes for have as little.
-    assert padding(np.minimum(vcr_like(20_000, 1), shapes[-1]), shapes) < 0.15
+    tokens, regions = (np.minimum(x, most) for x, most in zip(vcr_like(20_000, 1), shapes[-1], strict=True))
+    assert padding(tokens, regions, shapes) < 0.2
 
 
 @settings(max_examples=40, deadline=None)
@@ -59,12 +68,12 @@ def test_shapes_hold_every_item_and_do_not_depend_on_the_order(lengths, most):
         sizes = [sum(s) for s in table.tolist() if length[0] <= s[0] and length[1] <= s[1]]
         assert sum(shapes[shape]) == min(sizes)
     if most == 2:  # the other shape by trying all
-        largest = tuple(lengths.max(0))
+        largest, one = tuple(lengths.max(0)), (lengths[:, :1], lengths[:, 1])  # one choice an item
         tried = [
-            padding(lengths, sorted({Shape(t, n), Shape(*largest)}, key=sum))
+            padding(*one, sorted({Shape(t, n), Shape(*largest)}, key=sum))
             for t, n in itertools.product(lengths[:, 0].tolist(), lengths[:, 1].tolist())
         ]
-        assert padding(lengths, shapes) == pytest.approx(min(tried))
+        assert padding(*one, shapes) == pytest.approx(min(tried))
 
 
 def test_shapes_that_cannot_be():
