@@ -47,6 +47,7 @@ def question_batches(
         return ImageRows(shown, loaded.image[shown], shapes[shape].regions, items >= 0)
 
     images = read(steps, image_rows)
+    inset = loaded.student.image_inset
 
     def finish() -> Iterator[dict[str, np.ndarray]]:
         for step, batch in zip(steps, images, strict=False):
@@ -54,6 +55,9 @@ def question_batches(
             known = labelled[item] & mask
             length = shapes[rows(step)[0]].tokens
             batch |= loaded.text(item, length, student=True, clip=clip)
+            if inset:  # boxes in fractions, of images of (1, 1), have no pixels
+                batch["region_boxes"] = batch["region_boxes"].copy()
+                batch["region_boxes"][:, 0, 2:] -= inset * (batch["image_size"] > 1)
             batch["label"] = masked_ids(loaded.label[item], known)
             batch["labelled"] = known
             batch["example_id"] = masked_ids(item, mask)

@@ -61,6 +61,11 @@ class StudentText:
         return "and" if self.kind == "vl_bert" else ""
 
     @property
+    def image_inset(self) -> int:
+        """Pixels between the box of the whole image and the far corner (VL-BERT vcr/data/datasets/vcr.py)."""
+        return 1 if self.kind == "vl_bert" else 0
+
+    @property
     def vocab_size(self) -> int:
         """Rows that a token embedding needs."""
         return self.tokenizer.vocab_size + len(self.special_words)

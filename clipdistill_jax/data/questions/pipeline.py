@@ -42,7 +42,8 @@ class QuestionData:
     A batch is a dictionary of NumPy arrays; B items, K choices (VCR 4, else 1), T tokens, N regions, C
     features. T and N are those of one of a few shapes. As `models.joint` says:
       tokens, types, word_ids, token_regions int32 [B, K, T], token_mask bool [B, K, T]
-      regions float32 [B, N, C], region_boxes [B, N, 4], region_mask bool [B, N], image_size [B, 2]
+      regions float32 [B, N, C], region_boxes [B, N, 4], region_mask bool [B, N], image_size [B, 2]: the whole
+        image, annotated regions, detected ones. VL-BERT's image ends at (w - 1, h - 1) where sizes are pixels
     and
       region_classes int32 [B, N]: the object's class, see `object_classes`; -1 for none
       label int32 [B]: the right choice, or SNLI-VE's label; -1 where unknown or hidden

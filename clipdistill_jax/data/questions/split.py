@@ -110,6 +110,11 @@ class QuestionSplit:
         return len(self.example_ids)
 
     @property
+    def student(self) -> StudentText:
+        """How the student reads."""
+        return self._reading.student
+
+    @property
     def num_choices(self) -> int:
         """K."""
         return self._choices.shape[1]

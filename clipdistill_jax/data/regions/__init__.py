@@ -197,14 +197,10 @@ def most_confident(
     return regions.take(np.argsort(-regions.conf, kind="stable")[:kept])
 
 
-def prepend_image(regions: Regions, *, inset: float | int = 0) -> Regions:
+def prepend_image(regions: Regions) -> Regions:
     """Puts the whole image before all regions: object tag i is then region i + 1.
 
     Its features are those of the file, else the mean of the regions' (VL-BERT vqa/data/datasets/vqa.py).
-
-    Args:
-      regions: of one image.
-      inset: the far corner is (w - inset, h - inset); VL-BERT has 1 (pixels), UNITER's boxes end at 0.
 
     Returns:
       N + 1 regions. The first is no ground truth and has confidence 1, class -1 and a class_probs row of 0.
@@ -213,7 +209,7 @@ def prepend_image(regions: Regions, *, inset: float | int = 0) -> Regions:
     width, height = regions.size
     first: dict[str, Any] = {
         "features": image,
-        "boxes": (0, 0, width - inset, height - inset),
+        "boxes": (0, 0, width, height),
         "ground_truth": False,
         "conf": 1,
         "class_ids": -1,

@@ -1,6 +1,7 @@
 """Batches of questions as pure functions of the step: contents, order, hosts, protocols, evaluation."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ from clipdistill_jax.data.protocol import Selection, select
 from clipdistill_jax.data.questions.items import KINDS
 from clipdistill_jax.data.questions.layout import StudentText
 from clipdistill_jax.data.questions.pipeline import QuestionData
+from clipdistill_jax.data.questions.prepare import prepare_questions
 from clipdistill_jax.data.text import split_words
-from tests.data.questions.trees import CLASSES, VCR, WIDTH, colour, region_arrays
+from tests.data.questions.trees import CLASSES, SIZES, VCR, WIDTH, colour, region_arrays
+from tests.data.regions.region_cases import b64
 
 pytest.importorskip("tensorflow", reason="the pipeline runs on tf.data")
 
@@ -233,6 +236,27 @@ def test_parts_for_a_cache(opened):
             assert np.array_equal(texts[key], batch[key])
     with pytest.raises(ValueError, match="image ids"):
         data.image_batches("train", np.array([[99]]))
+
+
+@pytest.mark.parametrize(("kind", "inset"), [("uniter", 0), ("vl_bert", 1)])
+def test_box_of_the_whole_image(opened, trees, bert, tmp_path, kind, inset):
+    """VL-BERT's is a pixel short, where the files say of how many; in others it ends at (1, 1)."""
+    regions = tmp_path / "regions"
+    regions.mkdir()
+    for number in range(100, 107):
+        boxes, features = np.full((2, 4), 3.0, np.float32), np.ones((2, WIDTH), np.float32)
+        data = {"image_id": number, "image_w": 40, "image_h": 30, "num_boxes": 2}
+        data |= {"boxes": b64(boxes), "features": b64(features)}
+        (regions / f"{number}.json").write_text(json.dumps(data))
+    sizes = {**SIZES, "class_probs": False, "clip_text": ""}
+    folder = tmp_path / "prepared"
+    prepare_questions("snli_ve", trees["snli_ve"], folder, regions=regions, region_format="vl_bert", **sizes)
+    student = StudentText(kind, bert)
+    (batch,) = take(QuestionData(folder, student=student).batches(batch_size=3), 1)
+    assert batch["image_size"].tolist() == [[40, 30]] * 3
+    assert batch["region_boxes"][0, :3].tolist() == [[0, 0, 40 - inset, 30 - inset], [3] * 4, [3] * 4]
+    (batch,) = take(QuestionData(opened["snli_ve"].directory, student=student).batches(batch_size=3), 1)
+    assert batch["region_boxes"][:, 0].tolist() == [[0, 0, 1, 1]] * 3
 
 
 def test_kinds_lengths_and_fill(prepared, opened, bert, clip):

@@ -65,9 +65,9 @@ def test_confidence_is_needed():
 
 
 def test_whole_image_as_region_0():
-    found = prepend_image(some(4), inset=1)
+    found = prepend_image(some(4))
     assert len(found) == 5 and not found.ground_truth.any()
-    assert found.boxes[0].tolist() == [0, 0, 639, 479]
+    assert found.boxes[0].tolist() == [0, 0, 640, 480]
     np.testing.assert_allclose(found.features[0], arrays(4)["features"].mean(0), rtol=1e-6)
     assert found.conf[0] == 1 and not found.class_probs[0].any()
     np.testing.assert_array_equal(found.boxes[1:], some(4).boxes)
