@@ -44,10 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         required=True,
         type=Path,
         metavar="DIR",
-        help="of a sweep, of a run, or of runs DIR/seedN",
+        help="of a sweep, of a run, or a folder of runs",
     )
     clip_td.add_argument(
-        "--table", default="vcr/vl_bert", metavar="TASK/STUDENT", help="of the paper, such as snli_ve/villa"
+        "--table",
+        default="",
+        metavar="TASK/STUDENT",
+        help="of the paper, such as snli_ve/villa; by default that of the data and the student",
     )
     figures = reports.add_parser(
         "figures", help="frame-word maps, reconstructions, accuracy against cost", allow_abbrev=False
@@ -96,12 +99,12 @@ def _ablation(console: Console, args: argparse.Namespace) -> None:
 
 
 def _clip_td(console: Console, args: argparse.Namespace) -> None:
-    from clipdistill_jax.report import ablation, clip_td, paper_tables
+    from clipdistill_jax.report import ablation, clip_td
 
     workdir = args.workdir.expanduser()
     _print(console, *clip_td.report(workdir, args.table), workdir / clip_td.FILE)
     if args.json is not None:
-        scores, shots, failures = clip_td.read_methods(workdir, paper_tables.TABLES[args.table])
+        _, scores, shots, failures = clip_td.read_methods(workdir, args.table)
         rows = ablation.numbers(scores)
         commands.write_json(args.json, {"rows": rows, "shots": shots, "failures": failures})
 

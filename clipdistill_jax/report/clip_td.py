@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.table import Table
 
@@ -25,65 +25,144 @@ from clipdistill_jax.sweep import ROW
 
 FILE = "clip_td.md"
 _RESULT, _CONFIG = "result.json", "config.json"
+_KINDS = frozenset(("Q->A", "QA->R"))  # metrics of VCR's questions of one kind
 
 
-def read_methods(
-    workdir: Path, table: PaperTable
-) -> tuple[dict[str, dict[str, Score]], int | None, list[str]]:
-    """The scores of every method, how many shots they had, and a line for each failure.
+class Result(NamedTuple):
+    """What a method came to with a seed: its folder, test metrics, the run's config and that of its stage."""
+
+    method: str
+    seed: int
+    folder: Path
+    test: Mapping[str, float]
+    config: Mapping[str, Any]
+    stage: Mapping[str, Any]
+
+
+class Methods(NamedTuple):
+    """What is found in a folder.
+
+    Attributes:
+      table: of the paper, to stand beside.
+      scores: method -> metric -> score, in the table's order; other methods behind.
+      shots: that all learned from; 0 for all questions, None where no config says it.
+      failures: a line for each row of a sweep that failed.
+    """
+
+    table: PaperTable
+    scores: dict[str, dict[str, Score]]
+    shots: int | None
+    failures: list[str]
+
+
+def read_methods(workdir: Path, name: str = "") -> Methods:
+    """The scores of every method.
+
+    A stage that answers questions is a method: that of its title where this is one of the paper's, else that
+    of the sweep's row, or its own name. Models of one method and seed for different questions, as VL-BERT's
+    two of VCR, make one row.
 
     Args:
-      workdir: of a sweep (METHOD/seedN/row.json), of one run whose stages are methods (METHOD/result.json),
-        or a folder of such runs, one a seed (seedN/METHOD/result.json).
-      table: sets the order; other methods come behind.
-
-    Returns:
-      Method -> metric -> score; shots, 0 for all questions and None where no config says it; failures.
+      workdir: of a sweep (METHOD/seedN/row.json), of a run (STAGE/result.json), or a folder of runs
+        (RUN/STAGE/result.json, or METHOD/seedN/STAGE/result.json).
+      name: of the paper's table, a key of `paper_tables.TABLES`; "" takes that of the data and the student.
 
     Raises:
       FileNotFoundError: nothing that answers questions is finished there.
-      ValueError: the methods had different shots.
+      ValueError: there is no such table; the methods had different shots or models, or have no metric in
+        common; two results are of one method and seed.
     """
-    found: dict[str, list[Mapping[str, float]]] = {}
-    shots: dict[int, str] = {}
-    for name, stage, test, config in _finished(workdir):
-        if "accuracy" not in test:
-            continue
-        found.setdefault(name, []).append(test)
-        settings = config.get("stages", {}).get(stage, {})
-        if "protocol" in settings:
-            shots[0 if settings["protocol"] == "full" else int(settings["shots"])] = name
+    found = _finished(workdir)
     if not found:
         raise FileNotFoundError(
-            f"{workdir}: no finished method (METHOD/seedN/{ROW}, METHOD/{_RESULT} or seedN/METHOD/{_RESULT})"
+            f"{workdir}: no finished method ({ROW}, or {_RESULT} of a stage that answers questions)"
         )
+    tests: dict[str, list[Mapping[str, float]]] = {}
+    seen: dict[tuple[Any, ...], Path] = {}
+    shots: dict[int, str] = {}
+    models: dict[str, str] = {}
+    for result in found:
+        method, kinds = result.method, _KINDS.intersection(result.test)
+        other = seen.setdefault((method, result.seed, kinds), result.folder)
+        if other != result.folder:
+            raise ValueError(
+                f"{other} and {result.folder} are both of the method {method!r} and the seed {result.seed}: "
+                "report them apart, or let the title of its stage name another method"
+            )
+        tests.setdefault(method, []).append(result.test)
+        if "protocol" in result.stage:
+            shots[0 if result.stage["protocol"] == "full" else int(result.stage["shots"])] = method
+        if model := _model(result):
+            models[model] = method
     if len(shots) > 1:
-        said = ", ".join(f"{name} {count or 'all'}" for count, name in sorted(shots.items()))
+        said = ", ".join(f"{method} {count or 'all'}" for count, method in sorted(shots.items()))
         raise ValueError(f"{workdir}: the methods learned from different numbers of questions: {said}")
+    if len(models) > 1:
+        said = ", ".join(f"{method} {model}" for model, method in sorted(models.items()))
+        raise ValueError(f"{workdir}: the methods are those of different models: {said}")
+    table = _table(name, next(iter(models), ""))
     known = [row.name for row in table.rows]
-    order = sorted(found, key=lambda name: known.index(name) if name in known else len(known))
-    metrics = [
-        metric for metric in OVERALL if all(metric in test for tests in found.values() for test in tests)
-    ]
-    if len(metrics) == 2 and all(test[metrics[0]] == test[metrics[1]] for t in found.values() for test in t):
-        del metrics[0]  # questions of one kind: all of them is the same
+    order = sorted(tests, key=lambda name: known.index(name) if name in known else len(known))
+    metrics = _metrics(list(tests.values()))
+    if not metrics:
+        raise ValueError(f"{workdir}: the methods have no metric in common")
     scores = {
-        name: {m: Score(tuple(float(test[m]) for test in found[name])) for m in metrics} for name in order
+        method: {m: Score(tuple(float(test[m]) for test in tests[method] if m in test)) for m in metrics}
+        for method in order
     }
-    return scores, next(iter(shots), None), failed_rows(workdir)
+    return Methods(table, scores, next(iter(shots), None), failed_rows(workdir))
 
 
-def _finished(workdir: Path) -> list[tuple[str, str, Mapping[str, float], Mapping[str, Any]]]:
-    """(method, its stage, test metrics, config) of each result; a sweep's are named by their row."""
+def _finished(workdir: Path) -> list[Result]:
+    """The results that answer questions, of a sweep and of runs."""
     made = []
     for file in sorted(workdir.glob(f"*/seed*/{ROW}")):
         said = json.loads(file.read_text())
-        made.append((said["row"], said["stage"], said["test"], said.get("config") or {}))
-    for file in sorted((*workdir.glob(f"*/{_RESULT}"), *workdir.glob(f"seed*/*/{_RESULT}"))):
-        said, config = json.loads(file.read_text()), file.with_name(_CONFIG)
-        settings = json.loads(config.read_text()) if config.exists() else {}
-        made.append((said["stage"], said["stage"], said["test"], settings))
-    return made
+        made.append(_result(said["row"], file.parent, said, said.get("config") or {}))
+    for pattern in ("*", "*/*", "*/*/*"):
+        for file in sorted(workdir.glob(f"{pattern}/{_RESULT}")):
+            if (file.parents[1] / ROW).exists():
+                continue  # the sweep's row says the same
+            said, config = json.loads(file.read_text()), file.with_name(_CONFIG)
+            settings = json.loads(config.read_text()) if config.exists() else {}
+            made.append(_result(said["stage"], file.parent, said, settings))
+    return [result for result in made if "accuracy" in result.test]
+
+
+def _result(name: str, folder: Path, said: Mapping[str, Any], config: Mapping[str, Any]) -> Result:
+    stage = config.get("stages", {}).get(said["stage"], {})
+    methods = {row.name for table in paper_tables.TABLES.values() for row in table.rows}
+    title = stage.get("title", "")
+    method = title if title in methods else name
+    return Result(method, said["seed"], folder, said["test"], config, stage)
+
+
+def _model(result: Result) -> str:
+    """Data and student, such as vcr/villa_large; "" where no config says it."""
+    if "student" not in result.config:
+        return ""
+    student = result.config["student"]
+    kind = "villa" if result.stage.get("adversarial") else student["kind"]
+    size = f"_{student['preset']}" if student.get("preset") else ""
+    return f"{result.config['data']['format']}/{kind}{size}"
+
+
+def _table(name: str, model: str) -> PaperTable:
+    """The table of that name; or of a model, where the paper has none VL-BERT's, which has the most rows."""
+    tables = paper_tables.TABLES
+    if name and name not in tables:
+        raise ValueError(f"there is no table {name!r}; there is {', '.join(tables)}")
+    task = model.partition("/")[0] or "vcr"
+    keys = (name, model, model.rpartition("_")[0], f"{task}/vl_bert")
+    return tables[next(key for key in keys if key in tables)]
+
+
+def _metrics(tests: Sequence[Sequence[Mapping[str, float]]]) -> list[str]:
+    """Those that every method has; "accuracy" only where it is of questions of the same kinds, not of one."""
+    every = [test for found in tests for test in found]
+    mixed = len({kind in test for kind in _KINDS for test in every}) > 1
+    common = [m for m in OVERALL if all(any(m in test for test in found) for found in tests)]
+    return [m for m in common if m != "accuracy" or not mixed]
 
 
 def score_cells(scores: Scores, table: PaperTable) -> tuple[list[str], list[list[str]]]:
@@ -132,20 +211,16 @@ def summary(scores: Scores, table: PaperTable, column: str) -> list[str]:
     return [*lines, f"{what_holds('paper')} {once}"]
 
 
-def report(workdir: Path, name: str) -> tuple[list[Table], list[str]]:
+def report(workdir: Path, name: str = "") -> tuple[list[Table], list[str]]:
     """The tables and lines of the methods in a folder; writes them to workdir/clip_td.md too.
 
     Args:
-      workdir: as for `read_methods`.
-      name: of the paper's table, a key of `paper_tables.TABLES`.
+      workdir, name: as for `read_methods`.
 
     Raises:
-      FileNotFoundError, ValueError: as `read_methods`; there is no such table.
+      FileNotFoundError, ValueError: as `read_methods`.
     """
-    if name not in paper_tables.TABLES:
-        raise ValueError(f"there is no table {name!r}; there is {', '.join(paper_tables.TABLES)}")
-    table = paper_tables.TABLES[name]
-    scores, shots, failures = read_methods(workdir, table)
+    table, scores, shots, failures = read_methods(workdir, name)
     column = table.column(shots or 0)
     parts: list[tuple[str, Sequence[str], Sequence[Sequence[str]]]] = [
         (f"Mean ± deviation over seeds, in percent, beside {table.title}", *score_cells(scores, table)),

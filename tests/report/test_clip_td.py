@@ -1,15 +1,19 @@
 """CLIP-TD's methods over seeds beside its tables: the figures' consistency, each layout, the verdicts."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
+from clipdistill_jax import commands
 from clipdistill_jax.report import paper_tables
 from clipdistill_jax.report.__main__ import main
 from clipdistill_jax.report.ablation import HOLDS, REVERSED
 from clipdistill_jax.report.clip_td import ordering_cells, read_methods, report, score_cells, summary
 from tests.report import fake_questions
 
+CONFIGS = Path(__file__).parents[2] / "configs" / "clip_td"
 TABLE = paper_tables.TABLES["vcr/vl_bert"]
 
 
@@ -41,6 +45,8 @@ def put(workdir, method, seed, share, shots=20):
     settings = {"stages": {"student": {"protocol": "low_shot", "shots": shots}}}
     said = {"row": method, "seed": seed, "stage": "student", "test": test, "config": settings}
     (folder / "row.json").write_text(json.dumps(said))
+    (folder / "student").mkdir()
+    (folder / "student" / "result.json").write_text(json.dumps(said))  # as the run leaves it
 
 
 @pytest.fixture
@@ -57,8 +63,8 @@ def swept(tmp_path):
 
 
 def test_methods_stand_in_the_papers_order_with_its_numbers(swept):
-    scores, shots, failures = read_methods(swept, TABLE)
-    assert list(scores) == ["baseline", "naive", "clip_td", "ours"] and shots == 20
+    table, scores, shots, failures = read_methods(swept)
+    assert table == TABLE and list(scores) == ["baseline", "naive", "clip_td", "ours"] and shots == 20
     assert failures == ["ts, seed 1 failed: OSError: full"]
     headings, rows = score_cells(scores, TABLE)
     assert headings[2:6] == ["all", "Q→A", "QA→R", "Q→AR"]
@@ -70,7 +76,7 @@ def test_methods_stand_in_the_papers_order_with_its_numbers(swept):
 
 
 def test_orderings_are_judged_where_both_methods_ran(swept):
-    scores, *_ = read_methods(swept, TABLE)
+    scores = read_methods(swept).scores
     headings, rows = ordering_cells(scores, TABLE, "700")
     assert all(len(row) == len(headings) for row in rows)
     said = {row[0]: row for row in rows}
@@ -88,9 +94,9 @@ def test_questions_of_one_kind_have_one_column(tmp_path):
     for name, share in (("baseline", 31.0), ("naive", 45.0)):
         folder = tmp_path / name / "seed0"
         folder.mkdir(parents=True)
-        said = {"row": name, "stage": name, "test": {"accuracy": share, "Q->A": share}}
+        said = {"row": name, "seed": 0, "stage": name, "test": {"accuracy": share, "Q->A": share}}
         (folder / "row.json").write_text(json.dumps(said))
-    scores, *_ = read_methods(tmp_path, TABLE)
+    scores = read_methods(tmp_path).scores
     assert {name: list(found) for name, found in scores.items()} == {"baseline": ["Q->A"], "naive": ["Q->A"]}
     _, ((*_, verdict),) = ordering_cells(scores, TABLE, "700")
     assert verdict == "one seed (+14.0)"
@@ -115,20 +121,74 @@ def test_the_command_says_it_plainly(swept, capsys):
 def test_one_run_and_a_folder_of_runs_are_read_too(tmp_path):
     for seed in (0, 1):
         fake_questions.write(tmp_path / f"seed{seed}", seed)
-    both, shots, _ = read_methods(tmp_path, TABLE)
+    _, both, shots, _ = read_methods(tmp_path)
     assert list(both) == list(fake_questions.STAGES) and shots == 20  # the pretraining stage answers nothing
-    one, *_ = read_methods(tmp_path / "seed1", TABLE)
+    one = read_methods(tmp_path / "seed1").scores
     for name in fake_questions.STAGES:
         assert len(both[name]["Q->AR"].values) == 2
         assert one[name]["Q->AR"].values == both[name]["Q->AR"].values[1:]
 
 
+def train(run, argument, task="vcr", seed=42, **test):
+    """A finished run of configs/clip_td; only its last stage answers questions."""
+    config = commands.read_config(f"{CONFIGS}/{task}.py:{argument}", [f"--config.seed={seed}"])
+    for stage in config["stages"]:
+        (run / stage).mkdir(parents=True)
+        (run / stage / "config.json").write_text(json.dumps(config))
+        result = {"stage": stage, "seed": seed, "test": test if stage == "finetune" else {}}
+        (run / stage / "result.json").write_text(json.dumps(result))
+
+
+def test_runs_on_real_data_are_named_by_their_method(tmp_path):
+    answers, rationales = {"accuracy": 50.0, "Q->A": 50.0}, {"accuracy": 40.0, "QA->R": 40.0}
+    for seed in (0, 1):
+        for method in ("clip_td", "baseline"):
+            student = f"vl_bert_large,{method},100,questions"
+            train(tmp_path / f"{method}_{seed}", f"{student}=qa", seed=seed, **answers)
+            train(tmp_path / method / f"seed{seed}", f"{student}=qar", seed=seed, **rationales)
+    table, scores, shots, _ = read_methods(tmp_path)
+    assert table == TABLE and shots == 100 and list(scores) == ["baseline", "clip_td"]
+    two = {name: score.values for name, score in scores["clip_td"].items()}
+    assert two == {"Q->A": (50.0, 50.0), "QA->R": (40.0, 40.0)}
+    one = read_methods(tmp_path / "clip_td_0")
+    assert list(one.scores) == ["clip_td"] and list(one.scores["clip_td"]) == ["Q->A"]
+
+
+@pytest.mark.parametrize(
+    "task, student, name",
+    [
+        ("vcr", "uniter_base", "vcr/uniter_base"),
+        ("snli_ve", "uniter_large", "snli_ve/uniter_large"),
+        ("vqa", "villa_large", "vqa/villa"),
+        ("vqa", "uniter_base", "vqa/vl_bert"),  # the paper has no UNITER base there
+    ],
+)
+def test_the_table_is_that_of_the_data_and_the_student(tmp_path, task, student, name):
+    train(tmp_path / "run", f"{student},ts,full", task, accuracy=60.0)
+    found = read_methods(tmp_path)
+    assert found.table == paper_tables.TABLES[name] and found.shots == 0
+    assert read_methods(tmp_path, "snli_ve/villa").table == paper_tables.TABLES["snli_ve/villa"]
+
+
+def test_runs_that_do_not_belong_together_are_refused(tmp_path):
+    train(tmp_path / "a", "uniter_base,ts,100", accuracy=60.0)
+    train(tmp_path / "b", "villa_base,cw,100", accuracy=60.0)
+    with pytest.raises(ValueError, match="different models: ts vcr/uniter_base, cw vcr/villa_base"):
+        read_methods(tmp_path)
+    shutil.rmtree(tmp_path / "b")
+    train(tmp_path / "c", "uniter_base,ts,100", accuracy=61.0)
+    with pytest.raises(
+        ValueError, match="a/finetune and .*c/finetune are both of the method 'ts' and the seed 42"
+    ):
+        read_methods(tmp_path)
+
+
 def test_what_cannot_be_compared_is_refused(tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match="no finished method"):
-        report(tmp_path, "vcr/vl_bert")
+        report(tmp_path)
+    put(tmp_path, "naive", 0, 30.0, shots=20)
     assert main(["clip_td", f"--workdir={tmp_path}", "--table=vcr/bert"]) == 1
     assert "there is no table 'vcr/bert'; there is vcr/vl_bert" in capsys.readouterr().err
-    put(tmp_path, "naive", 0, 30.0, shots=20)
     put(tmp_path, "ts", 0, 30.0, shots=100)
     with pytest.raises(ValueError, match="different numbers of questions: naive 20, ts 100"):
-        report(tmp_path, "vcr/vl_bert")
+        report(tmp_path)
