@@ -130,7 +130,7 @@ class Dataset:
     def note_selection(self, stage: Stage, seed: int, folder: Path) -> None:
         """A stage of clips takes the first `max_clips`: there is nothing to write down."""
 
-    def train_sizes(self, stage: Stage) -> dict[str, int]:
+    def train_sizes(self, stage: Stage, seed: int) -> dict[str, Any]:
         """Clips that a stage draws from, and captions that these have."""
         clip_of_caption = self._data.clip_of_caption("train")
         clips = min(stage.config["max_clips"] or sys.maxsize, len(self._data.video_ids("train")))

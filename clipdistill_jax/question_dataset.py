@@ -148,10 +148,13 @@ class QuestionDataset:
         unused = {"region_classes"} - wanted.keys()
         return ({name: x for name, x in batch.items() if name not in unused} for batch in batches)
 
-    def train_sizes(self, stage: Stage) -> dict[str, int]:
-        """Images and items of the training split."""
+    def train_sizes(self, stage: Stage, seed: int) -> dict[str, Any]:
+        """Images and items of the training split, or the ids of those that the stage's protocol draws."""
         loaded = self._data.split("train")
-        return {"images": len(loaded.image_names), "texts": len(loaded)}
+        items, _ = loaded.selected(self.selection(stage, seed))
+        if len(items) == len(loaded):
+            return {"images": len(loaded.image_names), "texts": len(loaded)}
+        return {"images": np.unique(loaded.image[items]), "texts": items}
 
     def cache_inputs(self, stage: Stage) -> dict[str, Callable[[np.ndarray], Iterable[Mapping[str, Any]]]]:
         """Batches of training images and texts by id [batches, b]; -1 fills a batch."""

@@ -32,15 +32,18 @@ class Teachers(NamedTuple):
     caches: Sequence[cache.TeacherCache]
 
 
-def load_teachers(stage: Stage, dataset: Any, mesh: Mesh, runs: Sequence[Path], cache_root: Path) -> Teachers:
+def load_teachers(
+    stage: Stage, dataset: Any, mesh: Mesh, runs: Sequence[Path], cache_root: Path, seed: int
+) -> Teachers:
     """Reads the frozen models of a stage and, where it caches, computes what is missing of their vectors.
 
     Args:
       stage: as built.
-      dataset: whose training split is cached.
+      dataset: whose training split is cached, or what the stage draws of it.
       mesh: of the run.
       runs: folders in which stages are looked for, see `weights.find_stage`.
       cache_root: the folder that holds caches; every host sees it.
+      seed: of the run: what is drawn of the training split depends on it.
 
     Raises:
       FileNotFoundError: a model is not there.
@@ -54,7 +57,7 @@ def load_teachers(stage: Stage, dataset: Any, mesh: Mesh, runs: Sequence[Path], 
             read = {**read, "choices": _choices(model, read, stage, dataset, mesh)}
         states.check_same(read, model.variables)
         if model.cached:
-            spec = _spec(stage, of, dataset, prints[of])
+            spec = _spec(stage, of, dataset, seed, prints[of])
             folder = spec.folder(cache_root)
             _build(stage, model, read, spec, folder, dataset, mesh)
             caches.append(cache.TeacherCache(folder, spec, of))
@@ -100,9 +103,9 @@ def _place(read: Any, like: Any) -> Any:
     return sharding.place_tree(read, jax.tree.map(lambda x: x.sharding, like))
 
 
-def _spec(stage: Stage, of: str, dataset: Any, print_: str) -> cache.CacheSpec:
+def _spec(stage: Stage, of: str, dataset: Any, seed: int, print_: str) -> cache.CacheSpec:
     about = {"fingerprint": print_, "data": dataset.identity(stage)}
-    return stage.teachers[of].cache_spec(**about, **dataset.train_sizes(stage))
+    return stage.teachers[of].cache_spec(**about, **dataset.train_sizes(stage, seed))
 
 
 def _build(

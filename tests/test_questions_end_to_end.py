@@ -121,6 +121,9 @@ def test_a_student_of_vcr_from_its_files_to_its_results(vcr):
     assert len(drawn["labelled"]) == 2 * 7 and not drawn["unlabelled"]
     lines = (workdir / "clip_td" / "metrics.jsonl").read_text().splitlines()
     assert {"train/tokens_loss", "train/tokens_gate", "train/task_loss"} <= json.loads(lines[0]).keys()
+    # CLIP saw what each stage draws: all, and two questions of each category with their rationales.
+    caches = [json.loads(file.read_text())["facts"] for file in workdir.glob("teacher_cache/*/cache.json")]
+    assert sorted(facts["texts"] for facts in caches) == [2 * 7 * 2, 8 * 3 * 2]
     whole = json.loads((workdir / "pretrain" / "training_examples.json").read_text())
     assert whole["protocol"] == "full" and len(whole["labelled"]) == 8 * 3
     examples = read_words(workdir / "clip_td" / "words.npz")
