@@ -152,7 +152,8 @@ def test_shots(task, argument, items, protocol, shots):
     config = made(task, argument)
     stage = config["stages"]["finetune"]
     assert (stage["protocol"], stage["shots"]) == (protocol, shots)
-    assert 8 * stage["batch_size"] <= items  # steps an epoch
+    assert stage["batch_size"] % 16 == 0  # devices of a slice
+    assert stage["batch_size"] == 16 or 8 * stage["batch_size"] <= items  # steps an epoch
     epochs = stage["steps"] * stage["batch_size"] / items
     if protocol == "low_shot":
         most = 30 if "vl_bert" in argument and task == "vcr" else 100

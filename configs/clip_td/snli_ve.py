@@ -36,7 +36,7 @@ VL_BERT = Recipe(  # VL-BERT has no SNLI-VE: as on VQA [ours], see vqa.py
     rate=6.25e-7 * 256,
     warmup=500,
     epochs=5,
-    optimizer=dict(name="adamw", weight_decay=1e-4, clip_norm=1.0),
+    optimizer=dict(name="adamw", weight_decay=1e-4, eps=1e-6, clip_norm=1.0),
 )
 
 

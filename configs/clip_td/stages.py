@@ -199,8 +199,9 @@ def _stage(
     config: ConfigDict, task: Task, recipe: Recipe, method: Method, items: int, low_shot: bool = False
 ) -> ConfigDict:
     """What stages share; `items` are the examples of an epoch."""
-    # At least eight steps an epoch, or a low-shot run would hardly move [ours].
-    batch = min(recipe.batch, 2 ** max(int(math.log2(items / 8)), 0))
+    # At least eight steps an epoch, or a low-shot run would hardly move; but 16 examples, so that as many
+    # devices have one each [ours].
+    batch = min(recipe.batch, max(2 ** int(math.log2(max(items / 8, 1))), 16))
     steps = recipe.steps or recipe.epochs * items // batch
     if low_shot:  # not longer than a run on all data
         whole = recipe.steps or recipe.epochs * task.records * task.items // recipe.batch

@@ -38,7 +38,7 @@ VL_BERT = Recipe(  # [B, vqa/large_4x16G_fp32.yaml]
     rate=6.25e-7 * 256,  # that of one image, as in vcr.py
     warmup=500,
     epochs=5,
-    optimizer=dict(name="adamw", weight_decay=1e-4, clip_norm=1.0),
+    optimizer=dict(name="adamw", weight_decay=1e-4, eps=1e-6, clip_norm=1.0),  # [B, vqa/function/train.py]
 )
 
 
