@@ -27,7 +27,7 @@ class QuestionSplit:
 
     Attributes:
       batches: of the model's inputs; `example_id`, an item's place in the arrays below; `mask`, False on
-        padding; for VQA `targets` and `labelled`. Every item once, in any order.
+        padding; for VQA `targets`, how right each answer is, and `labelled`. Every item once, in any order.
       kinds: "qa" (VCR's answers), "qar" (its rationales, given an answer), "ve" or "vqa".
       record_ids: a "qa" and a "qar" item of one record have the same.
       categories: that accuracies are split by, "" for none.
