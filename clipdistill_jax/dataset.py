@@ -127,6 +127,13 @@ class Dataset:
         """The split that results are of."""
         return "test"
 
+    @property
+    def answers(self) -> None:
+        """Clips have no answers."""
+
+    def check_answers(self, stage: Path) -> None:
+        """Clips have no answers: there is nothing to check."""
+
     def note_selection(self, stage: Stage, seed: int, folder: Path) -> None:
         """A stage of clips takes the first `max_clips`: there is nothing to write down."""
 

@@ -1,5 +1,6 @@
 """From a config's data section to batches of questions about images: write the world, prepare, open, feed."""
 
+import json
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
@@ -109,6 +110,17 @@ class QuestionDataset:
             if name in self.splits and self._data.split(name).has_label().any():
                 return name
         raise ValueError("neither the test nor the validation split has labels: there is nothing to report")
+
+    @property
+    def answers(self) -> str | None:
+        """Fingerprint of VQA's classes, which a stage's result keeps."""
+        return self._data.answers.fingerprint if self._data.answers is not None else None
+
+    def check_answers(self, stage: Path) -> None:
+        """Raises ValueError where a finished stage in that folder has other classes."""
+        known = json.loads((stage / "result.json").read_text()).get("answers")
+        if known and self._data.answers is not None:
+            self._data.answers.check(known, str(stage))
 
     def selection(self, stage: Stage, seed: int) -> Any:
         """The training records that a stage's protocol draws."""

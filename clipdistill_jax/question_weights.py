@@ -22,7 +22,7 @@ def read_question_start(
     kind: str,
     runs: Sequence[Path],
     seed: int,
-    config: BertConfig | None = None,
+    config: BertConfig,
 ) -> Tree:
     """A student's parameters with those that a config's `init` names laid over the initialised ones.
 
@@ -35,7 +35,7 @@ def read_question_start(
       kind: "uniter" or "vl_bert".
       runs: see `weights.find_stage`.
       seed: of the words that a UNITER without VCR's gets.
-      config: of the student; a BERT must compute as it says. None asks nothing of a BERT but its shapes.
+      config: of the student; a BERT must compute as it says.
 
     Of a stage, the heads that the student does not have are left, and those that it has more stay as
     initialised, but for `vl_bert.start_heads`; of a BERT, all that no BERT has. Everything else must be given

@@ -29,7 +29,7 @@ from clipdistill_jax.train.writers import (
     TensorBoardWriter,
     on_first_host,
 )
-from clipdistill_jax.weights import stage_variables
+from clipdistill_jax.weights import STAGE, find_stage, stage_variables
 
 RESULT = "result.json"
 CACHE = "teacher_cache"
@@ -162,6 +162,8 @@ def run_stage(
     recipe, seed = _recipe(config, stage.name), config["seed"]
     # First, since a weights file that does not fit is found in seconds, and a cache may take hours.
     start = initial_state(config, stage, mesh, runs)
+    if settings["init"]["model"].startswith(STAGE):
+        dataset.check_answers(find_stage(settings["init"]["model"].removeprefix(STAGE), runs))
     if jax.process_index() == 0:
         dataset.note_selection(stage, seed, folder)
     teachers = load_teachers(stage, dataset, mesh, runs, runs[-1] / CACHE, seed)
@@ -222,6 +224,7 @@ def run_stage(
         "step": step,
         "seconds": seconds,
         "fingerprint": fingerprint(variables),
+        "answers": dataset.answers,
         "validation": finished.metrics,
         "split": final,
         "test": metrics,

@@ -227,7 +227,12 @@ def test_the_gate_of_labels_and_of_open_answers(kind, student, clip, tmp_path, m
     result = run_stages(config, tmp_path / "run")["clip_td"]
     assert 0 <= result["test"]["accuracy"] <= 100
     if kind == "vqa":
-        assert open_dataset(config, tmp_path / "run").vocab["unknown"] == 3
+        dataset, stage = open_dataset(config, tmp_path / "run"), tmp_path / "run" / "clip_td"
+        assert dataset.vocab["unknown"] == 3
+        dataset.check_answers(stage)
+        (stage / "result.json").write_text(json.dumps({**result, "answers": "0123456789abcdef"}))
+        with pytest.raises(ValueError, match="clip_td was trained with another answer vocabulary"):
+            dataset.check_answers(stage)
     assert result["split"] == ("test" if kind == "snli_ve" else "validation")
     last = json.loads((tmp_path / "run" / "clip_td" / "metrics.jsonl").read_text().splitlines()[0])
     assert last["train/tokens_gate"] == pytest.approx(1.0)  # so hot a gate is open for all

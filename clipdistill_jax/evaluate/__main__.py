@@ -95,6 +95,8 @@ def open_stage(folder: Path, split: str) -> Opened:
         raise FileNotFoundError(f"{folder} is not the folder of a stage: it has no config.json")
     config = json.loads((folder / "config.json").read_text())
     dataset = open_dataset(config, run_folders(config, folder.parent)[-1])
+    if (folder / "result.json").exists():
+        dataset.check_answers(folder)
     if split not in dataset.splits:
         raise KeyError(f"the data has the splits {', '.join(dataset.splits)}, not {split!r}")
     mesh = sharding.make_mesh(**config["mesh"])

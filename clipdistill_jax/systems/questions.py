@@ -130,7 +130,7 @@ class QuestionSystem:
     def start(self, init: Config, params: Any, model_state: Any, runs: Sequence[Path]) -> tuple[Any, Any]:
         """See `question_weights.read_question_start`."""
         kind, seed = self.config["student"]["kind"], self.config["seed"]
-        return read_question_start(init, params, kind, runs, seed), model_state
+        return read_question_start(init, params, kind, runs, seed, self._sizes), model_state
 
     def own(self, batch: Batch, stage: Config) -> Batch:
         """What the student reads; in pretraining, of the right choice alone."""

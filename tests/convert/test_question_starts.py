@@ -150,20 +150,20 @@ def test_a_file_without_a_pooler_takes_that_of_a_bert(kind, start, tmp_path):
     bert, wide = random_bert(**SIZES), {"waves": 256} if kind == "vl_bert" else {}
     hf_bert.save(tmp_path / "other", BertConfig(**SIZES), bert)
     whole, params = student(kind, seed=1, **wide), student(kind, **wide)
-    path = str(tmp_path / "x.safetensors")
+    path, config = str(tmp_path / "x.safetensors"), config_of(kind)
     theirs = MODELS[kind][2].to_state_dict(whole)
     save_file({name: x for name, x in theirs.items() if "pooler" not in name}, path)
     with pytest.raises(ValueError, match=r"missing: (uniter|vlbert)\.pooler\.dense\.bias, "):
-        read_question_start({"model": path}, params, kind, (), seed=0)
+        read_question_start({"model": path}, params, kind, (), 0, config)
     init = {"model": path, "pooler": str(tmp_path / "other")}
-    same(read_question_start(init, params, kind, (), seed=0), whole | {"pooler": bert["pooler"]})
+    same(read_question_start(init, params, kind, (), 0, config), whole | {"pooler": bert["pooler"]})
     save_file(theirs, path)
-    same(read_question_start(init, params, kind, (), seed=0), whole)  # the file's own goes first
+    same(read_question_start(init, params, kind, (), 0, config), whole)  # the file's own goes first
     del bert["pooler"]
     hf_bert.save(tmp_path / "other", BertConfig(**SIZES), bert)
     save_file({name: x for name, x in theirs.items() if "pooler" not in name}, path)
     with pytest.raises(ValueError, match=r"other: .*missing: pooler\.dense\.bias"):
-        read_question_start(init, params, kind, (), seed=0)
+        read_question_start(init, params, kind, (), 0, config)
 
 
 def write_published(kind, task, path):
