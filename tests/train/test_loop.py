@@ -182,11 +182,21 @@ def test_an_error_in_the_pipeline_arrives_and_the_thread_ends():
     assert closed == [True, True]
 
 
-def test_the_step_compiles_once():
+@pytest.mark.parametrize("shapes", [1, 2])
+def test_the_step_compiles_once_a_shape(shapes):
     state, step_fn, _ = make(MESH, 6, ema_decay=0.9)
     compiled = step_fn._cache_size()
-    train(state, step_fn, batches, LoopConfig(steps=6), MESH)
-    assert step_fn._cache_size() <= compiled + 1
+
+    def cut(start, count=shapes):
+        for step, batch in enumerate(batches(start), start):
+            # Batches of `count` sizes in turn.
+            yield {name: x[: len(x) - 8 * (step % count)] for name, x in batch.items()}
+
+    train(state, step_fn, cut, LoopConfig(steps=6, shapes=shapes), MESH)
+    assert step_fn._cache_size() <= compiled + shapes
+    state, step_fn, _ = make(MESH, 6, ema_decay=0.9)
+    with pytest.raises(ValueError, match="would compile again"):
+        train(state, step_fn, lambda start: cut(start, shapes + 1), LoopConfig(steps=6, shapes=shapes), MESH)
 
 
 def test_a_frozen_argument_on_the_host_is_refused_and_on_the_device_kept():
