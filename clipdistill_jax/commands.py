@@ -61,7 +61,10 @@ def read_config(file: str, overrides: Sequence[str]) -> dict[str, Any]:
     except ImportError as error:
         raise ValueError(f"{file}: {error}; start in the folder that holds configs/") from error
     except (flags.Error, OSError, ValueError) as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        said = str(error)
+        if "Traceback" in said:  # of get_config, which absl quotes whole
+            said = f"{file}: {said.strip().splitlines()[-1].removeprefix('ValueError: ')}"
+        raise ValueError(" ".join(said.split())) from error
 
 
 def stage_name(config: Any, name: str) -> str:

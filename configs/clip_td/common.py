@@ -10,7 +10,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-WEIGHT = 0.05  # [P, 10.1, Table 8]
+# [P, 10.1, Table 8]. With selected words eq. 8 has a w', "proportionally updated", of which no more is said:
+# the same weight here.
+WEIGHT = 0.05
 TOKENS = 2  # m, words chosen of a text [P, 9.2, Table 8]
 
 # Student -> kind of the model, its size, the BERT whose words it reads and from which it starts by default.
