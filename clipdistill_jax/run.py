@@ -167,7 +167,7 @@ def run_stage(
     if jax.process_index() == 0:
         dataset.note_selection(stage, seed, folder)
     teachers = load_teachers(stage, dataset, mesh, runs, runs[-1] / CACHE, seed)
-    identity = {"recipe": _hash([recipe, seed]), "data": _hash(dataset.identity(stage))}
+    identity: dict[str, Any] = {"recipe": _hash([recipe, seed]), "data": _hash(dataset.identity(stage))}
     identity |= {"teacher": None, "clip": None, **teachers.fingerprints}
     evaluator = stage.system.evaluator(stage.module, settings, mesh)
 
