@@ -58,8 +58,7 @@ def read_question_start(
         names["missing"] += POOLERS
     if not path.is_file():
         theirs, read = hf_bert.load(source)
-        if config:
-            _check_same(theirs, config, source)
+        _check_same(theirs, config, source)
         _check_words(read, params, source)
         fresh = partial.paths(hf_bert.rules(layers), names["missing"])
         return partial.start_from_bert(_with_pooler(read, init), params, source, fresh)
