@@ -37,13 +37,13 @@ from clipdistill_jax.question_weights import read_question_start
 from clipdistill_jax.systems.adaptive import HEADS, INPUTS, drawn, pretraining_settings, right_choice
 from clipdistill_jax.systems.adaptive import pretrain as adapt
 from clipdistill_jax.systems.system import Config, Vocab, init_with_output, plain, stage_config, text_zeros
-from clipdistill_jax.tasks import adversarial, choices
+from clipdistill_jax.systems.villa import villa
+from clipdistill_jax.tasks import choices
 from clipdistill_jax.train.accumulate import apply_in_chunks
 
 QUESTIONS = {"vcr": "vcr", "snli_ve": "ve", "vqa": "vqa"}  # data format -> the head that answers
 CHOICES = {"vcr": 4, "snli_ve": 1, "vqa": 1}  # texts of a question
 LOSSES = {"uniter": "pairs", "vl_bert": "sigmoid"}  # of VCR, as published
-DELTAS = {adversarial.WORDS: "token_delta", adversarial.REGIONS: "region_delta"}  # the student's inputs
 Forward = Callable[[Any, Any, Batch, Any], tuple[Features, Any]]
 
 
@@ -227,7 +227,9 @@ class QuestionSystem:
         return {
             "task": lambda features, batch: task(self._answered(features), batch),
             "distil_on": lambda features, batch: batch["mask"],
-            "adversary": self._adversary(stage, task) if stage["adversarial"] else None,
+            "adversary": villa(stage, task, self._answered, self._sizes.width)
+            if stage["adversarial"]
+            else None,
         }
 
     def _task(self, stage: Config) -> Callable[[Features, Batch], Any]:
@@ -256,40 +258,6 @@ class QuestionSystem:
             return features
         logits = features.outputs["vcr"]  # type: ignore[attr-defined]
         return dataclasses.replace(features, logits=logits[..., 0] if logits.shape[-1] == 1 else logits)
-
-    def _adversary(self, stage: Config, task: Callable[[Features, Batch], Any]) -> Any:
-        given = dict(stage["adversarial"])
-        preset = given.pop("preset", None)
-        if preset not in (None, *adversarial.PRESETS):
-            known = ", ".join(adversarial.PRESETS)
-            raise ValueError(f"adversarial: there is no preset {preset!r}, only {known}")
-        try:
-            base = adversarial.PRESETS[preset] if preset else adversarial.Adversarial(**given)
-            settings = dataclasses.replace(base, **given)
-        except TypeError as error:
-            raise ValueError(f"adversarial: {error}") from error
-        width = self._sizes.width
-
-        def run(one_pass, params, model_state, batch, rng, step, targets):  # see objective.Adversary
-            def loss(params, noise, clean, key, batch, targets, step):
-                noisy = {**batch, **{DELTAS[name]: x for name, x in noise.items()}}
-                disturbed = adversarial.with_divergence(task, settings, clean)
-                value, (metrics, _, features) = one_pass(
-                    lambda features, batch: disturbed(self._answered(features), batch),
-                    *(params, model_state, noisy, key, step, targets),
-                )
-                return value, (self._answered(features).logits, metrics)
-
-            places = batch["tokens"].shape
-            shapes = {
-                adversarial.WORDS: (*places, width),
-                adversarial.REGIONS: (*places[:2], *batch["regions"].shape[1:]),
-            }
-            search = adversarial.adversarial_loss(settings, loss, shapes)
-            value, metrics = search(params, rng, batch, targets, step)
-            return value, (jax.tree.map(jnp.sum, metrics), model_state)
-
-        return run
 
     def cache_spec(
         self, module: DualEncoder, stage: Config, of: str, features: Features, **about: Any
