@@ -95,9 +95,9 @@ def vocab(config: Any) -> dict[str, int]:
     def size(name: str) -> int:
         if name.startswith("train:"):
             return int(name.removeprefix("train:"))
-        from clipdistill_jax.data.text import Tokenizer
+        from clipdistill_jax.data.tokenizer import load_tokenizer
 
-        return Tokenizer.from_dir(name).vocab_size
+        return load_tokenizer(name).vocab_size
 
     data = config["data"]
     if data["format"] not in QUESTIONS:

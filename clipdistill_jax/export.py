@@ -26,6 +26,7 @@ from jaxtyping import Float
 
 from clipdistill_jax.convert import dual_encoder, hf_clip
 from clipdistill_jax.data.text import Tokenizer
+from clipdistill_jax.data.tokenizer import load_tokenizer
 from clipdistill_jax.distill.teacher import fingerprint
 from clipdistill_jax.experiment import MODELS, Config, plain, stage_config, stage_module
 from clipdistill_jax.model_card import model_card
@@ -78,7 +79,7 @@ def load_exported(folder: str | os.PathLike[str], *, stablehlo: bool = False) ->
     """
     folder = Path(folder).expanduser()
     config = dual_encoder.read_config(folder)
-    tokenizer, weights = Tokenizer.from_dir(folder), dual_encoder.read_weights(folder, config)
+    tokenizer, weights = load_tokenizer(folder), dual_encoder.read_weights(folder, config)
     video: Callable[..., Any]
     text: Callable[..., Any]
     if stablehlo:
@@ -309,7 +310,7 @@ def _tokenizer(config: Config, stage: str, home: Path) -> Tokenizer:
     if stage_config(config, stage)["model"] == "student" and config["data"].get("student_tokenizer"):
         field = "student_tokenizer"
     name = config["data"][field]
-    return Tokenizer.from_dir(home / field if name.startswith("train:") else name)
+    return load_tokenizer(home / field if name.startswith("train:") else name)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

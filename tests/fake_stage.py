@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from clipdistill_jax.convert import dual_encoder
-from clipdistill_jax.data.text import train_clip_bpe
+from clipdistill_jax.data.tokenizer import open_tokenizer
 from clipdistill_jax.distill.teacher import fingerprint
 from clipdistill_jax.experiment import plain, stage_module
 from clipdistill_jax.train.checkpoint import Checkpointer
@@ -38,7 +38,7 @@ def write_stage(workdir, config, name):
     """workdir/NAME as a run leaves it. Returns (module, variables)."""
     config = plain(config)
     data, stage = config["data"], config["stages"][name]
-    tokenizer = train_clip_bpe(SAID, int(data["tokenizer"].removeprefix("train:")), workdir / "tokenizer")
+    tokenizer = open_tokenizer(data["tokenizer"], "clip", lambda: SAID, workdir / "tokenizer")
     module = stage_module(config, name, {stage["model"]: tokenizer.vocab_size})
     variables = random_variables(
         module, stage["num_frames"] or data["num_frames"], data["image_size"], data["max_tokens"]

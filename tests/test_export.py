@@ -14,7 +14,7 @@ from transformers import CLIPModel, PreTrainedTokenizerFast
 
 from clipdistill_jax import export
 from clipdistill_jax.convert import dual_encoder
-from clipdistill_jax.data.text import Tokenizer
+from clipdistill_jax.data.tokenizer import load_tokenizer
 from clipdistill_jax.experiment import plain
 from clipdistill_jax.export import export_stage, load_exported, random_inputs
 from clipdistill_jax.models.build import build_model
@@ -144,7 +144,7 @@ def test_a_clip_is_exported_as_hugging_faces(tmp_path, capsys):
     stage, out = tmp_path / "alone", tmp_path / "clip"
     assert export.main([f"--stage={stage}", f"--out={out}", "--format=clip"]) == 0
     jax.tree.map(np.testing.assert_array_equal, read_source(str(out), ())["params"], variables["params"])
-    tokenizer = Tokenizer.from_dir(out)
+    tokenizer = load_tokenizer(out)
     tokens = tokenizer.encode(SAID, 8)
     torch = pytest.importorskip("torch", reason="parity with transformers' torch models")
     theirs = CLIPModel.from_pretrained(out).eval()

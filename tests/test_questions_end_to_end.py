@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from clipdistill_jax import defaults
 from clipdistill_jax.convert import hf_clip
-from clipdistill_jax.data.text import train_clip_bpe
+from clipdistill_jax.data.tokenizer import open_tokenizer
 from clipdistill_jax.dataset import open_dataset
 from clipdistill_jax.evaluate.__main__ import main as evaluate_main
 from clipdistill_jax.experiment import plain, raw_clip
@@ -45,7 +45,8 @@ def one_device():
 def clip(tmp_path_factory):
     """A Hugging Face directory of a CLIP with random weights, and its tokenizer."""
     folder = tmp_path_factory.mktemp("clip") / "clip"
-    tokenizer = train_clip_bpe(["a cook in white lifts a red ball on the left"], 560, folder)
+    said = ["a cook in white lifts a red ball on the left"]
+    tokenizer = open_tokenizer("train:560", "clip", lambda: said, folder)
     config = {"data": {"format": "karpathy"}, "teacher": CLIP}
     module = raw_clip(config, {"teacher": tokenizer.vocab_size})
     batch = {

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float32, Int, Int64
 
 from clipdistill_jax.data.progress import progress_bar
-from clipdistill_jax.data.text import split_words
+from clipdistill_jax.data.words import split_words
 from clipdistill_jax.data.workers import end_with_parent
 
 NGRAM = 3  # YAKE's default; longer ones, with two stop words in a row, can have negative scores

@@ -9,7 +9,8 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from clipdistill_jax.data.text import Tokenizer, split_words
+from clipdistill_jax.data.text import Tokenizer
+from clipdistill_jax.data.words import split_words
 
 PAD, UNK, CLS, SEP, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
 SPECIAL = (PAD, UNK, CLS, SEP, MASK)
@@ -92,7 +93,7 @@ def _backend(
     return backend
 
 
-def train_wordpiece(captions: Iterable[str], size: int, folder: str | os.PathLike[str]) -> Tokenizer:
+def train_wordpiece(captions: Iterable[str], size: int, folder: str | os.PathLike[str]) -> None:
     """Learns a small uncased WordPiece vocabulary and writes it as a Hugging Face directory.
 
     It holds the special tokens, every character of the captions (alone and as the rest of a word), then the
@@ -132,4 +133,3 @@ def train_wordpiece(captions: Iterable[str], size: int, folder: str | os.PathLik
     config = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": CONTEXT, **names}
     (out / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     _backend(vocab).save(str(out / "tokenizer.json"))
-    return Tokenizer.from_dir(out)

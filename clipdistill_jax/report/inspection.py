@@ -108,7 +108,7 @@ def alignment_section(
     Raises:
       ValueError: a model's maps do not vary, so that none has a correlation.
     """
-    from clipdistill_jax.data.text import split_words
+    from clipdistill_jax.data.words import split_words
 
     own, captions = test["clip_of_text"], [str(caption) for caption in test["captions"]]
     theirs = model_maps(clip, own)

@@ -10,7 +10,7 @@ from clipdistill_jax.data.index import read_manifest
 from clipdistill_jax.data.pipeline import RetrievalData
 from clipdistill_jax.data.shapes import Scene, WorldConfig, scenes
 from clipdistill_jax.data.shapes.drawing import render
-from clipdistill_jax.data.text import Tokenizer
+from clipdistill_jax.data.tokenizer import load_tokenizer
 from clipdistill_jax.dataset import Dataset, open_dataset
 from clipdistill_jax.evaluate.evaluator import Split
 from clipdistill_jax.experiment import build_stage, plain
@@ -52,7 +52,7 @@ def check(
     manifest = read_manifest(workdir / "prepared")
     assert {split: n["clips"] for split, n in manifest["splits"].items()} == SPLITS
     assert manifest["counts"] == {} and manifest["options"]["format"] == format
-    data = RetrievalData(workdir / "prepared", Tokenizer.from_dir(workdir / "tokenizer"), max_tokens=8)
+    data = RetrievalData(workdir / "prepared", load_tokenizer(workdir / "tokenizer"), max_tokens=8)
     world = scenes(WORLD)
     for split, members in world.items():
         expected = [captions(scene, split) for scene in members]

@@ -18,7 +18,7 @@ from clipdistill_jax.data.importance import (
     word_importance,
     write_importance,
 )
-from clipdistill_jax.data.text import split_words
+from clipdistill_jax.data.words import split_words
 
 TEXTS = [
     "She is sending a telegram to the police officer.",

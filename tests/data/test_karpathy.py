@@ -16,7 +16,7 @@ from clipdistill_jax.data.shapes.painting import paint
 from clipdistill_jax.data.shapes.sayings import captions
 from clipdistill_jax.data.shapes.scenes import SceneConfig
 from clipdistill_jax.data.shapes.stills_tree import draw_stills
-from clipdistill_jax.data.text import train_clip_bpe
+from clipdistill_jax.data.tokenizer import open_tokenizer
 from clipdistill_jax.data.video import VideoOptions, read_frames
 from clipdistill_jax.prepare import prepare_dataset
 
@@ -184,9 +184,8 @@ def test_the_world_as_captioned_images(tmp_path):
     )
     assert manifest["counts"] == {} and manifest["notes"] == []
     assert manifest["splits"]["train"] == {"listed": 6, "clips": 6, "captions": 12, "frames": 6}
-    data = RetrievalData(
-        tmp_path / "out", train_clip_bpe(["a red ball"], 600, tmp_path / "tokenizer"), max_tokens=16
-    )
+    tokenizer = open_tokenizer("train:600", "clip", lambda: ["a red ball"], tmp_path / "tokenizer")
+    data = RetrievalData(tmp_path / "out", tokenizer, max_tokens=16)
     for split, stills in draw_stills(config, "karpathy").items():
         train = split == "train"
         said = [text for still in stills for text in captions(still, 2 if train else 1, partial=train)]

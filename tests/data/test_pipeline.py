@@ -14,7 +14,7 @@ from PIL import Image
 from clipdistill_jax.data.index import read_index
 from clipdistill_jax.data.pipeline import RetrievalData
 from clipdistill_jax.data.plan import FrameChoice, TrainingPlan
-from clipdistill_jax.data.text import train_clip_bpe
+from clipdistill_jax.data.tokenizer import open_tokenizer
 from clipdistill_jax.data.video import VideoOptions, read_frames
 
 pytest.importorskip("tensorflow", reason="the pipeline runs on tf.data")
@@ -25,7 +25,7 @@ SHAPE = {"num_frames": 4, "image_size": 48}
 @pytest.fixture(scope="module")
 def tokenizer(prepared, tmp_path_factory):
     captions = [text for texts in read_index(prepared, "train").captions for text in texts]
-    return train_clip_bpe(captions, 560, tmp_path_factory.mktemp("bpe"))
+    return open_tokenizer("train:560", "clip", lambda: captions, tmp_path_factory.mktemp("bpe"))
 
 
 @pytest.fixture(scope="module")
@@ -240,8 +240,8 @@ def test_a_process_ends_with_an_iterator_half_used(prepared, tokenizer, tmp_path
     tokenizer.backend.save(str(tmp_path / "tokenizer.json"))
     code = f"""
 from clipdistill_jax.data.pipeline import RetrievalData
-from clipdistill_jax.data.text import Tokenizer
-data = RetrievalData({str(prepared)!r}, Tokenizer.from_dir({str(tmp_path)!r}))
+from clipdistill_jax.data.tokenizer import load_tokenizer
+data = RetrievalData({str(prepared)!r}, load_tokenizer({str(tmp_path)!r}))
 batches = data.batches(batch_size=4, num_frames=4, image_size=48)
 next(batches)
 raise SystemExit(3)

@@ -11,7 +11,10 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from clipdistill_jax.data.text import BOS, EOT, Tokenizer, split_words, train_clip_bpe
+from clipdistill_jax.data.bpe import BOS, EOT, train_clip_bpe
+from clipdistill_jax.data.text import Tokenizer
+from clipdistill_jax.data.tokenizer import load_tokenizer, open_tokenizer
+from clipdistill_jax.data.words import split_words
 
 transformers = pytest.importorskip("transformers", reason="transformers gives the reference tokenizers")
 
@@ -51,7 +54,7 @@ def clip_folder(shared_data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def clip(clip_folder):
-    return Tokenizer.from_dir(clip_folder)
+    return load_tokenizer(clip_folder)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +64,7 @@ def reference(clip_folder):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    return train_clip_bpe(CAPTIONS * 3, 700, tmp_path_factory.mktemp("small"))
+    return open_tokenizer("train:700", "clip", lambda: CAPTIONS * 3, tmp_path_factory.mktemp("small"))
 
 
 def ids_of(tokens: np.ndarray, mask: np.ndarray) -> list[list[int]]:
@@ -152,7 +155,8 @@ def zip_bytes() -> list[tuple[int, str]]:
 
 
 def test_trained_folder_loads_in_transformers(tmp_path):
-    tokenizer = train_clip_bpe(CAPTIONS * 3, 640, tmp_path / "bpe", max_length=40)
+    train_clip_bpe(CAPTIONS * 3, 640, tmp_path / "bpe", max_length=40)
+    tokenizer = load_tokenizer(tmp_path / "bpe")
     assert tokenizer.vocab_size == 640
     assert (tokenizer.bos_id, tokenizer.eot_id) == (638, 639)
     for load in (transformers.CLIPTokenizerFast, transformers.AutoTokenizer):
@@ -162,18 +166,19 @@ def test_trained_folder_loads_in_transformers(tmp_path):
         assert theirs.model_max_length == 40
     # The same from vocab.json and merges.txt alone, as older folders have it.
     (tmp_path / "bpe" / "tokenizer.json").unlink()
-    again = Tokenizer.from_dir(tmp_path / "bpe")
+    again = load_tokenizer(tmp_path / "bpe")
     assert again.encode(CAPTIONS, 400).tokens.tolist() == found.tokens.tolist()
 
 
 def test_training_is_repeatable_and_learns_frequent_words(tmp_path):
     captions = ["the red circle moves left"] * 9 + ["the blue square spins"] * 7
-    first = train_clip_bpe(captions, 600, tmp_path / "a")
-    second = train_clip_bpe(captions, 600, tmp_path / "b")
+    train_clip_bpe(captions, 600, tmp_path / "a")
+    train_clip_bpe(captions, 600, tmp_path / "b")
     for name in ("vocab.json", "merges.txt"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    assert first.encode(["the circle"], 8).token_mask.sum() == 4  # a token a word
-    assert second.vocab_size <= 600
+    tokenizer = load_tokenizer(tmp_path / "a")
+    assert tokenizer.encode(["the circle"], 8).token_mask.sum() == 4  # a token a word
+    assert tokenizer.vocab_size <= 600
     with pytest.raises(ValueError, match="vocab_size=500.*514"):
         train_clip_bpe(captions, 500, tmp_path / "c")
 
@@ -213,26 +218,26 @@ def test_special_words_in_a_caption_are_text(clip):
 
 def test_folders_that_are_no_clip_tokenizer(tmp_path, small):
     with pytest.raises(FileNotFoundError, match="no-such-folder"):
-        Tokenizer.from_dir("./no-such-folder")
+        load_tokenizer("./no-such-folder")
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json, or vocab\.json and merges\.txt"):
-        Tokenizer.from_dir(tmp_path)
+        load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0", ')
     with pytest.raises(ValueError, match="cannot be read"):
-        Tokenizer.from_dir(tmp_path)
+        load_tokenizer(tmp_path)
     backend = type(small.backend).from_str(small.backend.to_str())
     backend.pre_tokenizer = __import__("tokenizers").pre_tokenizers.Whitespace()
     backend.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match="not a CLIP tokenizer"):
-        Tokenizer.from_dir(tmp_path)
+        load_tokenizer(tmp_path)
     bert = {"version": "1.0", "model": {"type": "WordPiece", "unk_token": "[UNK]", "vocab": {"[UNK]": 0}}}
     bert["model"] |= {"continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
     (tmp_path / "tokenizer.json").write_text(json.dumps(bert))
     with pytest.raises(ValueError, match=r"no <\|startoftext\|>"):
-        Tokenizer.from_dir(tmp_path)
+        load_tokenizer(tmp_path)
 
 
 def test_broken_merges_file(tmp_path, small):
     (tmp_path / "vocab.json").write_text(json.dumps(small.backend.get_vocab()))
     (tmp_path / "merges.txt").write_text("#version: 0.2\nt h\nthree parts here\n")
     with pytest.raises(ValueError, match=r"merges\.txt, line 3"):
-        Tokenizer.from_dir(tmp_path)
+        load_tokenizer(tmp_path)

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from clipdistill_jax.data.text import Tokenizer, split_words, train_clip_bpe
+from clipdistill_jax.data.text import Tokenizer
+from clipdistill_jax.data.tokenizer import load_tokenizer, open_tokenizer
 from clipdistill_jax.data.wordpiece import SPECIAL, WordPiece, train_wordpiece
+from clipdistill_jax.data.words import split_words
 
 transformers = pytest.importorskip("transformers", reason="transformers gives the reference tokenizers")
 
@@ -43,7 +45,7 @@ def bert_folder(shared_data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bert(bert_folder):
-    return Tokenizer.from_dir(bert_folder)
+    return load_tokenizer(bert_folder)
 
 
 @pytest.fixture(scope="module")
@@ -53,19 +55,19 @@ def reference(bert_folder):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    return train_wordpiece(CAPTIONS * 3, 300, tmp_path_factory.mktemp("small"))
+    return open_tokenizer("train:300", "bert", lambda: CAPTIONS * 3, tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    return train_clip_bpe(CAPTIONS * 3, 600, tmp_path_factory.mktemp("clip"))
+    return open_tokenizer("train:600", "clip", lambda: CAPTIONS * 3, tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")
 def cased(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cased")
     _write(folder, CASED)
-    return Tokenizer.from_dir(folder)
+    return load_tokenizer(folder)
 
 
 def _write(folder, entries):
@@ -191,7 +193,7 @@ def test_case_is_kept_where_the_vocabulary_has_it(cased, tmp_path):
     # The settings' word counts more than what the vocabulary looks like.
     _write(tmp_path, CASED)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": True}))
-    assert not Tokenizer.from_dir(tmp_path).cased
+    assert not load_tokenizer(tmp_path).cased
 
 
 def test_folders_of_transformers(bert, bert_folder, reference, tmp_path):
@@ -201,14 +203,15 @@ def test_folders_of_transformers(bert, bert_folder, reference, tmp_path):
         tmp_path / "cased"
     )
     (tmp_path / "fast" / "vocab.txt").unlink()
-    again = Tokenizer.from_dir(tmp_path / "fast")
+    again = load_tokenizer(tmp_path / "fast")
     assert isinstance(again, WordPiece)
     assert again.encode(CAPTIONS, 400).tokens.tolist() == bert.encode(CAPTIONS, 400).tokens.tolist()
-    assert Tokenizer.from_dir(tmp_path / "cased").cased
+    assert load_tokenizer(tmp_path / "cased").cased
 
 
 def test_a_trained_folder_loads_in_transformers(tmp_path):
-    tokenizer = train_wordpiece(CAPTIONS * 3, 250, tmp_path / "made")
+    train_wordpiece(CAPTIONS * 3, 250, tmp_path / "made")
+    tokenizer = load_tokenizer(tmp_path / "made")
     assert tokenizer.vocab_size == 250
     assert [tokenizer.backend.token_to_id(token) for token in SPECIAL] == [0, 1, 2, 3, 4]
     found = tokenizer.encode(CAPTIONS[:-2], 400)
@@ -220,16 +223,17 @@ def test_a_trained_folder_loads_in_transformers(tmp_path):
         assert theirs.model_max_length == 512 and theirs.mask_token_id == 4
     # The same from vocab.txt alone.
     (tmp_path / "made" / "tokenizer.json").unlink()
-    again = Tokenizer.from_dir(tmp_path / "made")
+    again = load_tokenizer(tmp_path / "made")
     assert again.encode(CAPTIONS, 400).tokens.tolist() == tokenizer.encode(CAPTIONS, 400).tokens.tolist()
 
 
 def test_training_is_repeatable_and_learns_frequent_words(tmp_path):
     captions = ["the red circle moves left"] * 9 + ["the blue square spins"] * 7
-    first = train_wordpiece(captions, 80, tmp_path / "a")
+    train_wordpiece(captions, 80, tmp_path / "a")
     train_wordpiece(captions, 80, tmp_path / "b")
     assert (tmp_path / "a" / "vocab.txt").read_bytes() == (tmp_path / "b" / "vocab.txt").read_bytes()
-    assert first.encode(["the circle"], 8).token_mask.sum() == 4  # a token a word
+    tokenizer = load_tokenizer(tmp_path / "a")
+    assert tokenizer.encode(["the circle"], 8).token_mask.sum() == 4  # a token a word
     with pytest.raises(ValueError, match="size=20: needs at least"):
         train_wordpiece(captions, 20, tmp_path / "c")
 
@@ -255,7 +259,7 @@ def test_truncation_keeps_the_end(bert):
 def test_vocabularies_that_are_not_berts(tmp_path, entries, message):
     _write(tmp_path, entries)
     with pytest.raises(ValueError, match=message):
-        Tokenizer.from_dir(tmp_path)
+        load_tokenizer(tmp_path)
 
 
 @settings(max_examples=100, deadline=None)

@@ -14,7 +14,7 @@ from clipdistill_jax.data.questions.index import AND, read_items
 from clipdistill_jax.data.questions.items import Question
 from clipdistill_jax.data.questions.layout import check_clip_text
 from clipdistill_jax.data.questions.words import Ragged
-from clipdistill_jax.data.text import split_words
+from clipdistill_jax.data.words import split_words
 
 IMPORTANCE = "importance"  # the folder
 

@@ -14,6 +14,7 @@ from jaxtyping import Int
 
 from clipdistill_jax.data import graph
 from clipdistill_jax.data import index as files
+from clipdistill_jax.data.bpe import CONTEXT
 from clipdistill_jax.data.plan import check_ids, check_sizes
 from clipdistill_jax.data.protocol import Selection
 from clipdistill_jax.data.questions import index
@@ -31,7 +32,7 @@ from clipdistill_jax.data.questions.items import KINDS
 from clipdistill_jax.data.questions.layout import StudentText, check_clip_text
 from clipdistill_jax.data.questions.reading import read_steps
 from clipdistill_jax.data.questions.split import QuestionSplit, Reading
-from clipdistill_jax.data.text import CONTEXT, Tokenizer
+from clipdistill_jax.data.text import Tokenizer
 from clipdistill_jax.data.vocabulary import AnswerVocabulary, read_vocabulary
 from clipdistill_jax.data.workers import available_cores
 

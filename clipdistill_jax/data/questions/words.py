@@ -15,7 +15,8 @@ from jaxtyping import Int, Int64, UInt16
 
 from clipdistill_jax.data.formats.vcr import Words
 from clipdistill_jax.data.questions.items import Question
-from clipdistill_jax.data.text import Tokenizer, split_words
+from clipdistill_jax.data.text import Tokenizer
+from clipdistill_jax.data.words import split_words
 
 JOINER = -2  # in place of an object: the word between the names of one tag
 NO_OBJECT = -1

@@ -3,8 +3,8 @@
 import pytest
 
 from clipdistill_jax.data.questions.prepare import prepare_questions
-from clipdistill_jax.data.text import Tokenizer, train_clip_bpe
-from clipdistill_jax.data.wordpiece import train_wordpiece
+from clipdistill_jax.data.text import Tokenizer
+from clipdistill_jax.data.tokenizer import open_tokenizer
 from tests.data.questions.trees import SIZES, TEXTS, WRITERS
 
 
@@ -28,9 +28,9 @@ def prepared(trees, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def bert(tmp_path_factory) -> Tokenizer:
-    return train_wordpiece(TEXTS, 600, tmp_path_factory.mktemp("bert"))
+    return open_tokenizer("train:600", "bert", lambda: TEXTS, tmp_path_factory.mktemp("bert"))
 
 
 @pytest.fixture(scope="session")
 def clip(tmp_path_factory) -> Tokenizer:
-    return train_clip_bpe(TEXTS, 900, tmp_path_factory.mktemp("clip"))
+    return open_tokenizer("train:900", "clip", lambda: TEXTS, tmp_path_factory.mktemp("clip"))

@@ -16,7 +16,7 @@ from clipdistill_jax.data.questions.importance import ensure_importance
 from clipdistill_jax.data.questions.items import Question
 from clipdistill_jax.data.questions.layout import StudentText
 from clipdistill_jax.data.questions.split import QuestionSplit, Reading
-from clipdistill_jax.data.text import split_words
+from clipdistill_jax.data.words import split_words
 
 OBJECTS = ("person", "traffic light", "person", "car")
 NAMES = ("Riley", "traffic light", "Casey", "car")

@@ -12,7 +12,7 @@ from clipdistill_jax.data.questions.items import KINDS
 from clipdistill_jax.data.questions.layout import StudentText
 from clipdistill_jax.data.questions.pipeline import QuestionData
 from clipdistill_jax.data.questions.prepare import prepare_questions
-from clipdistill_jax.data.text import split_words
+from clipdistill_jax.data.words import split_words
 from tests.data.questions.trees import CLASSES, SIZES, VCR, WIDTH, colour, region_arrays
 from tests.data.regions.region_cases import b64
 
