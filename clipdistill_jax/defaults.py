@@ -60,8 +60,18 @@ def stage(**fields: Any) -> ConfigDict:
             temporal="",  # another kind of temporal head than the model's
             # Where weights start: "stage:NAME", a file, a directory, a hub id; temporal may also be "text".
             # For a student of questions: beginnings of names that may be missing in a file, or are not used;
-            # the BERT (a directory, a hub id) whose pooler is taken where a file has none, as VL-BERT's.
-            init=dict(model="", text="", vision="", temporal="", missing=(), unused=(), pooler=""),
+            # the BERT (a directory, a hub id) whose pooler is taken where a file has none, as VL-BERT's; and
+            # whether VQA's answers start as their words' vectors.
+            init=dict(
+                model="",
+                text="",
+                vision="",
+                temporal="",
+                missing=(),
+                unused=(),
+                pooler="",
+                answers_as_words=False,
+            ),
             teacher="",  # the stage to learn from
             # Raw CLIP, for local alignment: the teacher's towers without a head, of "stage:NAME" or files.
             clip="",

@@ -81,7 +81,7 @@ class QuestionDataset:
         self.splits: tuple[str, ...] = data.splits
         self._described: dict[str, dict[str, np.ndarray]] = {}
         words = student.tokenizer.plain_ids
-        self.vocab = {
+        self.vocab: dict[str, Any] = {
             "student": student.vocab_size,
             "mask": student.special_tokens["mask"],
             "random_low": words.start,
@@ -91,6 +91,7 @@ class QuestionDataset:
             self.vocab["teacher"] = clip.vocab_size
         if data.answers is not None:
             self.vocab["answers"] = len(data.answers)
+            self.vocab["answer_tokens"] = student.tokenizer.encode_words(data.answers.answers)
             if UNKNOWN in data.answers.index:
                 self.vocab["unknown"] = data.answers.index[UNKNOWN]
         if data.object_classes:

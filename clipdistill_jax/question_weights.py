@@ -74,6 +74,23 @@ def read_question_start(
     return partial.fill(_with_pooler(read, init), params, source, fresh)
 
 
+def answers_as_words(params: Tree, tokens: Sequence[Sequence[int]]) -> Tree:
+    """With the mean vector of its words for each answer's row of the last layer, as VL-BERT's VQA starts
+    (vqa/function/train.py, CLASSIFIER_PRETRAINED). An answer without tokens stays as it is.
+
+    Args:
+      params: of a student with the head "vqa", host arrays.
+      tokens: ids of each answer.
+    """
+    words = np.asarray(params["embeddings"]["token_embedding"]["embedding"])
+    out = params["vqa"]["out"]
+    kernel = np.array(out["kernel"])
+    for k, ids in enumerate(tokens):
+        if len(ids):
+            kernel[:, k] = words[list(ids)].mean(0)
+    return {**params, "vqa": {**params["vqa"], "out": {**out, "kernel": kernel}}}
+
+
 def _from_stage(read: Tree, params: Tree, kind: str, source: str) -> Tree:
     tables = KINDS[kind].HEADS.values()
     heads = {path.split("/")[0] for table in tables for rule in table for path in rule.ours}

@@ -33,7 +33,7 @@ from clipdistill_jax.models.dual_encoder import DualEncoder
 from clipdistill_jax.models.features import Batch, Features
 from clipdistill_jax.models.joint import JointFeatures, JointModel, fold
 from clipdistill_jax.models.joint import example_batch as joint_example
-from clipdistill_jax.question_weights import read_question_start
+from clipdistill_jax.question_weights import answers_as_words, read_question_start
 from clipdistill_jax.systems.adaptive import HEADS, INPUTS, drawn, pretraining_settings, right_choice
 from clipdistill_jax.systems.adaptive import pretrain as adapt
 from clipdistill_jax.systems.system import Config, Vocab, init_with_output, plain, stage_config, text_zeros
@@ -51,8 +51,9 @@ Forward = Callable[[Any, Any, Batch, Any], tuple[Features, Any]]
 class QuestionSystem:
     """See `system.System`.
 
-    `vocab` further has, where they apply: "answers" (VQA's classes), "mask" (the id of [MASK]), "random_low"
-    and "random_high" (ids of plain words), "region_classes" and "object_classes" (VCR's).
+    `vocab` further has, where they apply: "answers" (VQA's classes), "answer_tokens" (ids of each), "unknown"
+    (the class of no answer), "mask" (the id of [MASK]), "random_low" and "random_high" (ids of plain words),
+    "region_classes" and "object_classes" (VCR's).
     """
 
     config: Config
@@ -130,7 +131,13 @@ class QuestionSystem:
     def start(self, init: Config, params: Any, model_state: Any, runs: Sequence[Path]) -> tuple[Any, Any]:
         """See `question_weights.read_question_start`."""
         kind, seed = self.config["student"]["kind"], self.config["seed"]
-        return read_question_start(init, params, kind, runs, seed, self._sizes), model_state
+        params = read_question_start(init, params, kind, runs, seed, self._sizes)
+        if init.get("answers_as_words"):
+            known = (self.vocab or {}).get("answer_tokens")
+            if known is None:
+                raise ValueError("init.answers_as_words: the data has no vocabulary of answers")
+            params = answers_as_words(params, known)
+        return params, model_state
 
     def own(self, batch: Batch, stage: Config) -> Batch:
         """What the student reads; in pretraining, of the right choice alone."""

@@ -15,7 +15,7 @@ from clipdistill_jax.distill.objective import Student, Teach
 from clipdistill_jax.models.features import Batch, Features
 
 Config = Mapping[str, Any]
-Vocab = Mapping[str, int]
+Vocab = Mapping[str, Any]
 Task = Any  # (Features, batch) -> loss [B], which examples count [B], further metrics
 MODELS = ("teacher", "student")  # sections of the config
 

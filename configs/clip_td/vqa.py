@@ -50,4 +50,6 @@ def get_config(argument: str = "uniter_base,clip_td,full") -> ConfigDict:
     if run.kind == "villa":
         fields["adversarial"] = dict(preset="vqa_large" if run.large else "vqa_base")  # [V]
     recipe = VL_BERT if run.kind == "vl_bert" else UNITER_LARGE if run.large else UNITER_BASE
-    return with_stages(config, run, TASK, recipe, **fields)
+    config = with_stages(config, run, TASK, recipe, **fields)
+    config.stages.finetune.init.answers_as_words = run.kind == "vl_bert"  # [B] CLASSIFIER_PRETRAINED
+    return config

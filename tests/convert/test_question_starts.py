@@ -12,7 +12,7 @@ from clipdistill_jax.convert import hf_bert, uniter, vl_bert
 from clipdistill_jax.models.bert import BertConfig
 from clipdistill_jax.models.uniter import Uniter, UniterConfig
 from clipdistill_jax.models.vl_bert import VlBert, VlBertConfig
-from clipdistill_jax.question_weights import read_question_start
+from clipdistill_jax.question_weights import answers_as_words, read_question_start
 from clipdistill_jax.systems import make_system
 from configs.clip_td import snli_ve, vcr, vqa
 from tests.convert.originals import random_bert
@@ -164,6 +164,16 @@ def test_a_file_without_a_pooler_takes_that_of_a_bert(kind, start, tmp_path):
     save_file({name: x for name, x in theirs.items() if "pooler" not in name}, path)
     with pytest.raises(ValueError, match=r"other: .*missing: pooler\.dense\.bias"):
         read_question_start(init, params, kind, (), 0, config)
+
+
+def test_answers_start_as_the_mean_of_their_words():
+    params = student("vl_bert", "vqa", answers=3)
+    made = answers_as_words(params, [[4], [], [2, 7]])
+    words, before = params["embeddings"]["token_embedding"]["embedding"], params["vqa"]["out"]["kernel"]
+    expected = np.stack([words[4], before[:, 1], (words[2] + words[7]) / 2], axis=1)
+    np.testing.assert_allclose(made["vqa"]["out"]["kernel"], expected, rtol=1e-6)
+    made["vqa"]["out"]["kernel"] = before
+    same(made, params)
 
 
 def write_published(kind, task, path):
