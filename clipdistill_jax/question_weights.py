@@ -81,10 +81,18 @@ def answers_as_words(params: Tree, tokens: Sequence[Sequence[int]]) -> Tree:
     Args:
       params: of a student with the head "vqa", host arrays.
       tokens: ids of each answer.
+
+    Raises:
+      ValueError: that head's last layer is not as wide as a word's vector: it is not VL-BERT's.
     """
     words = np.asarray(params["embeddings"]["token_embedding"]["embedding"])
     out = params["vqa"]["out"]
     kernel = np.array(out["kernel"])
+    if len(kernel) != words.shape[1]:
+        raise ValueError(
+            f"init.answers_as_words: words have {words.shape[1]} numbers, but the last layer of the answers "
+            f"takes {len(kernel)}: it is for VL-BERT"
+        )
     for k, ids in enumerate(tokens):
         if len(ids):
             kernel[:, k] = words[list(ids)].mean(0)

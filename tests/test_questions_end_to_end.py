@@ -221,8 +221,7 @@ def test_a_file_that_fails_leaves_the_metrics(halves, tmp_path, capsys, monkeypa
 def test_the_gate_of_labels_and_of_open_answers(kind, student, clip, tmp_path, monkeypatch):
     on_devices(monkeypatch, 2 if kind == "vqa" else 1)
     fields = dict(clip=str(clip), terms=TOKENS, gate=dict(temperature=1e6), cache=kind == "vqa")
-    start = dict(init=dict(answers_as_words=True)) if kind == "vqa" else {}
-    config = run_config(kind, clip, student, clip_td={**fields, **start})
+    config = run_config(kind, clip, student, clip_td=fields)
     if kind == "vqa":
         (tmp_path / "answers.txt").write_text("yes\nno\n1\n<unk>\n2\nred\nball\n")
         config["data"]["answers"] = str(tmp_path / "answers.txt")

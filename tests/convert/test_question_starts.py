@@ -172,8 +172,15 @@ def test_answers_start_as_the_mean_of_their_words():
     words, before = params["embeddings"]["token_embedding"]["embedding"], params["vqa"]["out"]["kernel"]
     expected = np.stack([words[4], before[:, 1], (words[2] + words[7]) / 2], axis=1)
     np.testing.assert_allclose(made["vqa"]["out"]["kernel"], expected, rtol=1e-6)
+    system = make_system(
+        {"data": {"format": "vqa"}, "student": {"kind": "vl_bert", "width": 16}, "seed": 0},
+        {"answer_tokens": [[4], [], [2, 7]]},
+    )
+    same(system.start({"answers_as_words": True}, params, {}, ())[0], made)
     made["vqa"]["out"]["kernel"] = before
     same(made, params)
+    with pytest.raises(ValueError, match="it is for VL-BERT"):
+        answers_as_words(student("uniter", "vqa", answers=3), [[4]] * 3)
 
 
 def write_published(kind, task, path):
