@@ -204,8 +204,13 @@ def _claims(scores: Scores, table: PaperTable, column: str) -> list[tuple[paper_
 
 
 def summary(scores: Scores, table: PaperTable, column: str) -> list[str]:
-    """A sentence a metric: how many orderings hold, are not told apart, are reversed; and what that means."""
+    """A sentence a metric: how many orderings hold, are not told apart, are reversed; and what that means.
+
+    Nothing where no two methods are there that the paper orders.
+    """
     pairs = [(claim.lower, claim.higher) for claim, _ in _claims(scores, table, column)]
+    if not pairs:
+        return []
     lines = [f"{OVERALL[m]}: {tally(scores, m, pairs, 'paper')}" for m in next(iter(scores.values()))]
     once = "The paper gives one number a method, so its own deviation is not known."
     return [*lines, f"{what_holds('paper')} {once}"]
@@ -224,8 +229,9 @@ def report(workdir: Path, name: str = "") -> tuple[list[Table], list[str]]:
     column = table.column(shots or 0)
     parts: list[tuple[str, Sequence[str], Sequence[Sequence[str]]]] = [
         (f"Mean ± deviation over seeds, in percent, beside {table.title}", *score_cells(scores, table)),
-        ("Orderings of the paper", *ordering_cells(scores, table, column)),
     ]
+    headings, rows = ordering_cells(scores, table, column)
+    parts += [("Orderings of the paper", headings, rows)] if rows else []
     missing = [row.name for row in table.rows if row.name not in scores]
     lines = [*summary(scores, table, column), _said(shots, table, column), *failures]
     if missing:

@@ -152,6 +152,8 @@ def test_runs_on_real_data_are_named_by_their_method(tmp_path):
     assert two == {"Q->A": (50.0, 50.0), "QA->R": (40.0, 40.0)}
     one = read_methods(tmp_path / "clip_td_0")
     assert list(one.scores) == ["clip_td"] and list(one.scores["clip_td"]) == ["Q->A"]
+    tables, lines = report(tmp_path / "clip_td_0")
+    assert len(tables) == 1 and not any("ordering" in line for line in lines)  # of one method there is none
 
 
 @pytest.mark.parametrize(
