@@ -162,8 +162,8 @@ def run_stage(
     recipe, seed = _recipe(config, stage.name), config["seed"]
     # First, since a weights file that does not fit is found in seconds, and a cache may take hours.
     start = initial_state(config, stage, mesh, runs)
-    if settings["init"]["model"].startswith(STAGE):
-        dataset.check_answers(find_stage(settings["init"]["model"].removeprefix(STAGE), runs))
+    if (source := settings["init"].get("model", "")).startswith(STAGE):
+        dataset.check_answers(find_stage(source.removeprefix(STAGE), runs))
     if jax.process_index() == 0:
         dataset.note_selection(stage, seed, folder)
     teachers = load_teachers(stage, dataset, mesh, runs, runs[-1] / CACHE, seed)
