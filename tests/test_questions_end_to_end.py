@@ -15,6 +15,7 @@ from clipdistill_jax.convert import hf_clip
 from clipdistill_jax.data.tokenizer import open_tokenizer
 from clipdistill_jax.dataset import open_dataset
 from clipdistill_jax.evaluate.__main__ import main as evaluate_main
+from clipdistill_jax.evaluate.choices import ChoiceEvaluator
 from clipdistill_jax.experiment import plain, raw_clip
 from clipdistill_jax.report.page import write_report
 from clipdistill_jax.report.tokens import read_words
@@ -225,8 +226,15 @@ def test_the_gate_of_labels_and_of_open_answers(kind, student, clip, tmp_path, m
     if kind == "vqa":
         (tmp_path / "answers.txt").write_text("yes\nno\n1\n<unk>\n2\nred\nball\n")
         config["data"]["answers"] = str(tmp_path / "answers.txt")
+    answered, answer = [], ChoiceEvaluator.__call__
+    monkeypatch.setattr(ChoiceEvaluator, "__call__", lambda *given: answered.append(1) or answer(*given))
     result = run_stages(config, tmp_path / "run")["clip_td"]
     assert 0 <= result["test"]["accuracy"] <= 100
+    # Results of the validation split are those of the last validation.
+    assert len(answered) == (1 if kind == "vqa" else 2)
+    assert kind != "vqa" or result["test"] == {
+        name.removeprefix("validation/"): value for name, value in result["validation"].items()
+    }
     if kind == "vqa":
         dataset, stage = open_dataset(config, tmp_path / "run"), tmp_path / "run" / "clip_td"
         assert dataset.vocab["unknown"] == 3
