@@ -161,7 +161,8 @@ def run_stage(
     folder, settings = run_folder(runs[0] / stage.name, plain(config)), stage.config
     recipe, seed = _recipe(config, stage.name), config["seed"]
     # First, since a weights file that does not fit is found in seconds, and a cache may take hours.
-    start = initial_state(config, stage, mesh, runs)
+    # In a list, to be handed over: a run that goes on should not hold it beside the state that it reads.
+    start = [initial_state(config, stage, mesh, runs)]
     if (source := settings["init"].get("model", "")).startswith(STAGE):
         dataset.check_answers(find_stage(source.removeprefix(STAGE), runs))
     if jax.process_index() == 0:
@@ -171,12 +172,14 @@ def run_stage(
     identity |= {"teacher": None, "clip": None, **teachers.fingerprints}
     evaluator = stage.system.evaluator(stage.module, settings, mesh)
 
-    judged: dict[tuple[str, int], Any] = {}  # the last evaluation, by split and step
+    final = dataset.final_split
+    judged: dict[int, Any] = {}  # by step, the last validation, where that is the split of the results
 
     def evaluate(state: states.TrainState, step: int) -> dict[str, float]:
         found = evaluator(student_variables(state), dataset.split("validation", stage, mesh))
-        judged.clear()
-        judged["validation", step] = found
+        if final == "validation":
+            judged.clear()
+            judged[step] = found
         return {f"validation/{name}": value for name, value in found[0].items()}
 
     def batches(start: int) -> Iterator[Mapping[str, np.ndarray]]:
@@ -192,7 +195,7 @@ def run_stage(
     logging.info("stage %s: %d steps of %d examples", stage.name, settings["steps"], settings["batch_size"])
     started = time.monotonic()
     finished = train(
-        start,
+        start.pop(),
         stage.step,
         batches,
         LoopConfig(
@@ -218,11 +221,9 @@ def run_stage(
     # Where the training had them: what the validation compiled serves the test split too.
     where = jax.tree.map(lambda x: x.sharding, student_variables(stage.template))
     placed = sharding.place_tree(variables, where)
-    final = dataset.final_split
     metrics, scores = {}, {}
-    if evaluator:  # results of questions are often of the validation split, which was just answered
-        known = judged.get((final, step))
-        metrics, scores = known or evaluator(placed, dataset.split(final, stage, mesh))
+    if evaluator:
+        metrics, scores = judged.get(step) or evaluator(placed, dataset.split(final, stage, mesh))
     result = {
         "stage": stage.name,
         "key": key,
